@@ -1,0 +1,75 @@
+# Everything a newcomer, a developer and CI run. `make` alone lists the targets.
+# Needs Python >= 3.11 and make; everything else is installed into .venv, which `make clean` removes.
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMPS := $(VENV)/.stamps
+PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
+
+# The versions that are tested; pyproject.toml allows more. `make CONSTRAINTS= test` in a fresh checkout tries
+# the newest that it allows.
+CONSTRAINTS ?= scripts/constraints.txt
+INSTALL := $(PIP) install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+
+# The first interpreter on PATH that every dependency has wheels for. `make PYTHON=... test` overrides it.
+PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
+	&& { echo $$p; break; }; done)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-faults lint types layers bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
+
+demo: $(STAMPS)/demo ## two engine processes share a model's KV through one pool (DEMO_ARGS=...)
+	$(BIN)/penstock demo $(DEMO_ARGS)
+
+test: $(STAMPS)/dev ## the tests (TEST_ARGS=...)
+	$(BIN)/python -m pytest -q $(TEST_ARGS)
+
+test-faults: $(STAMPS)/dev ## the fault tests with their full counts
+	PENSTOCK_TEST_SCALE=full $(BIN)/python -m pytest -q -m faults \
+		-o timeout=1500 -o faulthandler_timeout=1620 $(TEST_ARGS)
+
+lint: $(STAMPS)/dev ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(STAMPS)/dev ## mypy --strict
+	$(BIN)/mypy --strict src
+
+layers: $(STAMPS)/dev ## imports go downwards only
+	$(BIN)/lint-imports
+
+bench: $(STAMPS)/demo ## measure the pool on this machine (BENCH_ARGS=--json)
+	$(BIN)/penstock bench pool $(BENCH_ARGS)
+
+clean: ## remove .venv, builds and caches
+	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One chain of stamps: pip never runs twice at once in one environment, whatever -j says.
+$(STAMPS)/venv:
+	@test -n "$(PYTHON)" || { echo "penstock needs Python 3.11 to 3.14 and found none on PATH." \
+		"Install one, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "penstock needs Python >= 3.11; $(PYTHON) is not. Name another:" \
+		"make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@"$(PYTHON)" scripts/install.py venv $(VENV)
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/torch: $(STAMPS)/venv scripts/install.py
+	@$(BIN)/python scripts/install.py torch
+	@touch $@
+
+$(STAMPS)/demo: $(STAMPS)/torch pyproject.toml $(CONSTRAINTS)
+	@echo "installing penstock and what the demo needs"
+	@$(INSTALL) -e '.[demo]'
+	@touch $@
+
+$(STAMPS)/dev: $(STAMPS)/demo
+	@echo "installing what the tests and checks need"
+	@$(INSTALL) -e '.[demo,dev]'
+	@touch $@

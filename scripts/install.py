@@ -1,0 +1,178 @@
+"""The two steps of an installation that pip cannot decide alone: the environment and PyTorch's build.
+
+    python scripts/install.py venv DIR    with any Python >= 3.11: create DIR unless it works already
+    DIR/bin/python scripts/install.py torch    install PyTorch into DIR unless it imports already
+
+Standard library only. Everything else is installed by the Makefile from pyproject.toml.
+
+PyTorch's default Linux wheels carry CUDA and weigh several GB; a machine without a GPU wants the CPU build,
+whose version ends in `+cpu`. It is looked for wherever pip is configured to look (index, find-links) and in
+the package index named by PENSTOCK_TORCH_INDEX. A machine with a GPU gets the default build.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+TORCH_VERSION = "2.13.0"  # what the project is tested with
+TORCH_LOWEST = "2.6"  # what pyproject.toml allows
+INDEX_VARIABLE = "PENSTOCK_TORCH_INDEX"
+CUDA_ONLY_REQUIREMENTS = ("nvidia", "cuda", "triton")
+
+PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check", "--no-input", "-qq")
+
+
+def run(*command: str, quiet: bool = False) -> bool:
+    """Runs `command` to its end; True if it succeeded. `quiet` drops what it prints."""
+    sink = subprocess.DEVNULL if quiet else None
+    return subprocess.run(command, stdout=sink, stderr=sink, check=False).returncode == 0
+
+
+# --- the environment ------------------------------------------------------------------------------------
+
+
+def make_venv(folder: Path) -> None:
+    """Creates a virtual environment with pip at `folder`; leaves a working one alone.
+
+    Where the interpreter lacks ensurepip (Debian packages it apart), its own pip is asked to put one in.
+    Raises SystemExit, naming the remedy, if neither is there.
+    """
+    python = folder / "bin" / "python"
+    if python.exists() and run(str(python), "-m", "pip", "--version", quiet=True):
+        return
+    print(f"creating {folder} with Python {sys.version.split()[0]}", flush=True)
+    venv = (sys.executable, "-m", "venv", "--clear", str(folder))
+    if importlib.util.find_spec("ensurepip") and run(*venv):
+        return
+    borrow_pip = (*PIP, "--python", str(python), "install", "pip")
+    if importlib.util.find_spec("pip") and run(*venv, "--without-pip") and run(*borrow_pip):
+        return
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    raise SystemExit(
+        f"{sys.executable} cannot create a virtual environment with pip.\n"
+        f"On Debian or Ubuntu: apt-get install python{version}-venv\n"
+        f"Elsewhere: name a Python that has ensurepip, as in make PYTHON=/path/to/python{version}"
+    )
+
+
+# --- PyTorch --------------------------------------------------------------------------------------------
+
+
+def gpu_present() -> bool:
+    """Whether an NVIDIA GPU answers here: a device node, or a driver tool that lists one (as under WSL)."""
+    if any(Path("/dev").glob("nvidia[0-9]*")):
+        return True
+    tool = shutil.which("nvidia-smi")
+    return tool is not None and run(tool, "--list-gpus", quiet=True)
+
+
+def torch_imports() -> bool:
+    """Whether this environment's PyTorch imports; half an installation does not count."""
+    return importlib.util.find_spec("torch") is not None and run(
+        sys.executable, "-c", "import torch", quiet=True
+    )
+
+
+def cpu_build(*requirement: str) -> str | None:
+    """The exact version pip would take for `requirement` if that is a CPU build, else None.
+
+    Resolves and installs nothing. A build counts as one when its local version says cpu or when it asks
+    for no CUDA package (as PyTorch's default wheels for some platforms do).
+    """
+    command = (*PIP, "install", "--dry-run", "--ignore-installed", "--no-deps", "--report", "-", *requirement)
+    answer = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False)
+    if answer.returncode != 0:
+        return None
+    metadata = json.loads(answer.stdout)["install"][0]["metadata"]
+    version: str = metadata["version"]
+    needs: list[str] = metadata.get("requires_dist", [])
+    carries_cuda = any(need.lower().startswith(CUDA_ONLY_REQUIREMENTS) for need in needs)
+    if "+" in version:
+        return version if "+cpu" in version else None
+    return None if carries_cuda else version
+
+
+def install(what: str, *options: str) -> bool:
+    """Installs PyTorch as `what`; its own requirements come from pip's usual places."""
+    print(f"installing {what} (takes some minutes on a first run)", flush=True)
+    return run(*PIP, "install", *options, what)
+
+
+def install_from_index(index: str) -> bool:
+    """Installs the tested version from `index` alone, then its requirements from pip's usual places.
+
+    Alone, so that no other index can offer a build of the same version that pip would rank higher.
+    """
+    if not install(f"torch=={TORCH_VERSION}", "--no-deps", "--index-url", index):
+        raise SystemExit(
+            f"{INDEX_VARIABLE}={index} has no torch {TORCH_VERSION} for this Python. Name an index that has, "
+            f"or unset {INDEX_VARIABLE} to take the build that pip finds."
+        )
+    return run(*PIP, "install", f"torch=={TORCH_VERSION}")
+
+
+def install_cpu() -> bool:
+    """Installs a CPU build wherever pip finds one: the tested version first, then local wheels of others."""
+    pinned = f"torch=={TORCH_VERSION}"
+    for where in ((f"{pinned}+cpu",), (pinned,), ("--no-index", f"torch>={TORCH_LOWEST}")):
+        version = cpu_build(*where)
+        if version is not None:
+            return install(f"torch=={version}")
+    return False
+
+
+def install_default(avoid_cpu: bool) -> bool:
+    """Installs the build pip ranks first. With `avoid_cpu`, not a CPU wheel that lies nearer, unless there is
+    nothing else."""
+    pinned = f"torch=={TORCH_VERSION}"
+    choices = [f"{pinned},!={TORCH_VERSION}+cpu"] if avoid_cpu else []
+    return any(install(choice) for choice in (*choices, pinned, f"torch>={TORCH_LOWEST}"))
+
+
+def install_torch() -> None:
+    """Installs PyTorch unless it imports already. Raises SystemExit if no build can be had."""
+    if torch_imports():
+        return
+    index = os.environ.get(INDEX_VARIABLE)
+    if index:
+        done = install_from_index(index)
+    elif gpu_present():
+        print("a GPU is present: PyTorch's default (CUDA) build", flush=True)
+        done = install_default(avoid_cpu=True)
+    elif not (done := install_cpu()):
+        print(
+            "note: no GPU here, but pip finds no CPU build of PyTorch where it is configured to look, so\n"
+            "the default build is installed: it works, and takes several GB of download and disk. To have\n"
+            f"the CPU build, set {INDEX_VARIABLE} to PyTorch's CPU package index (see pytorch.org).",
+            flush=True,
+        )
+        done = install_default(avoid_cpu=False)
+    if not done:
+        raise SystemExit("PyTorch could not be installed; pip's messages above say why.")
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the step that `arguments` name."""
+    parser = argparse.ArgumentParser(description="environment and PyTorch for the Makefile")
+    steps = parser.add_subparsers(dest="step", required=True)
+    steps.add_parser("venv", help="create a virtual environment").add_argument("folder", type=Path)
+    steps.add_parser("torch", help="install PyTorch into the running environment")
+    options = parser.parse_args(arguments)
+    if options.step == "venv":
+        make_venv(options.folder)
+    elif sys.prefix == sys.base_prefix:
+        raise SystemExit("run this with the environment's Python: .venv/bin/python scripts/install.py torch")
+    else:
+        install_torch()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,10 @@
+"""The connector for decoder-only transformers models with ordinary attention, on the CPU.
+
+`Connector` refuses, with the reason, every model that it could not store block by block.
+"""
+
+from __future__ import annotations
+
+from penstock.connectors.transformers.connector import Connector, GenerationResult, Loaded, RequestOptions
+
+__all__ = ["Connector", "GenerationResult", "Loaded", "RequestOptions"]

@@ -1,0 +1,512 @@
+"""The one writer of a segment: every change to spaces, slabs, records, directory and lane states is made here.
+
+Covers what a keeper may do to a segment and what it rebuilds when it starts. Does not decide (that is the brain), wait,
+or talk to clients (that is `runtime/keeper.py`). Not thread-safe: one keeper, one thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.errors import ConfigError, KeeperError
+from penstock.pool import layout
+from penstock.pool.apply import EVENT_BYTES, apply_commits, take_hits
+from penstock.pool.cells import clear, peek, poke, poke_and_fence
+from penstock.pool.evict import evict, free_granted, grant
+from penstock.pool.keeper_context import (
+    G_DEPARTED,
+    G_EVICTION,
+    G_RECLAIMED_LANES,
+    G_RECLAIMED_SLOTS,
+    KEEPER_CELLS,
+    Y_COMMITS_AT,
+    Y_COUNTERS,
+    Y_DIRECTORY,
+    Y_FREE_HEAD,
+    Y_GRANTS_AT,
+    Y_HEADER,
+    Y_HITS_AT,
+    Y_HOLDER,
+    Y_LANE_BYTES,
+    Y_LANES,
+    Y_LEASES_AT,
+    Y_MASK,
+    Y_MAX_SPACES,
+    Y_MAX_SUSPECTS,
+    Y_N_FREE,
+    Y_N_GRANTED,
+    Y_N_LANES,
+    Y_N_LEASES,
+    Y_N_READY,
+    Y_N_SUSPECTS,
+    Y_N_UNITS,
+    Y_NEXT_FREE,
+    Y_OUTSTANDING,
+    Y_PARENT,
+    Y_RECORDS,
+    Y_RING_MASK,
+    Y_SLAB_USED,
+    Y_SLABS,
+    Y_SPACES,
+    Y_STAMP,
+    Y_SUSPECTS,
+    Y_UNIT_BYTES,
+    Y_UNITS_PER_SLAB,
+)
+from penstock.pool.layout import N_CLASSES, LaneState, SlotShape, plan_slots
+from penstock.pool.recover import list_blocks, pull_free_slab, push_free_slab, repair_directory, settle_records
+from penstock.pool.segment import Segment
+from penstock.types import Eviction, event_dtype
+
+Events = npt.NDArray[np.void]
+
+# Reports of damage kept at once; more are forgotten, and reported again by whoever reads the block next.
+_MAX_SUSPECTS = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class SpaceRow:
+    """A space as the segment records it."""
+
+    id: int
+    digest: bytes
+    root: bytes
+    block_bytes: int
+    block_tokens: int
+    n_segments: int
+    segment_bytes: int
+    slot_class: int
+    label: str
+
+
+@dataclass(frozen=True, slots=True)
+class Survivors:
+    """The blocks a starting keeper found: parallel arrays, one row a block."""
+
+    units: npt.NDArray[np.uint32]
+    parents: npt.NDArray[np.uint32]
+    classes: npt.NDArray[np.uint32]
+    stamps: npt.NDArray[np.int64]
+
+
+class Authority:
+    """Exclusive write access to a mapped segment. The caller holds the keeper's lock for as long as this exists."""
+
+    def __init__(self, segment: Segment) -> None:
+        self.segment = segment
+        self.geometry = geometry = segment.geometry
+        self.mapping = segment.map(0, geometry.total_bytes, writable=True)
+        self._private = _private_columns(geometry)
+        self._cells = _context(self.mapping.address, geometry, self._private)
+        self.ctx = int(self._cells.ctypes.data)
+        self._marks = np.zeros(geometry.n_units, np.uint8)
+        self.events = np.zeros(max(geometry.ring, 4096), event_dtype)
+        self._events_at = int(self.events.ctypes.data)
+        self.shapes: list[SlotShape] = []
+        self.spaces: dict[bytes, SpaceRow] = {}
+
+    # ---- addresses
+
+    def header(self, offset: int) -> int:
+        return self.mapping.address + offset
+
+    def lane(self, index: int) -> int:
+        """Address of a lane's control block."""
+        return self.mapping.address + self.geometry.lanes_offset + index * self.geometry.lane_bytes
+
+    def _slab_row(self, slab: int) -> int:
+        return self.mapping.address + self.geometry.slabs_offset + slab * layout.SLAB_ROW_BYTES
+
+    # ---- start
+
+    def recover(self) -> Survivors:
+        """Bring a segment into order before anything is granted or evicted: records first, then what follows.
+
+        A new segment passes through the same steps. Afterwards the rings must be drained, the dead reclaimed and
+        unpublished grants freed, in that order.
+        """
+        poke(self.header(layout.H_KEEPER_EPOCH), peek(self.header(layout.H_KEEPER_EPOCH)) + 1)
+        poke(self.header(layout.H_CLEAN), 0)
+        self._read_spaces()
+        self._read_shapes()
+        settle_records(self.ctx)
+        duplicates = np.zeros(self.geometry.n_units, np.uint32)
+        n_duplicates = repair_directory(self.ctx, duplicates)
+        if n_duplicates:
+            self.evict(duplicates[:n_duplicates], Eviction.DUPLICATE)
+        for slab in range(self.geometry.n_slabs):
+            if peek(self._slab_row(slab)) != 0:
+                self._rebuild_slab(slab)
+        return self._survivors()
+
+    def _rebuild_slab(self, slab: int) -> None:
+        # Evicted duplicates are on the free list already; start this slab's part of it afresh.
+        pull_free_slab(self.ctx, slab)
+        push_free_slab(self.ctx, slab)
+
+    def _survivors(self) -> Survivors:
+        n = int(self._cells[Y_N_READY // 8])
+        units, parents, classes = (np.zeros(n, np.uint32) for _ in range(3))
+        stamps = np.zeros(n, np.int64)
+        list_blocks(self.ctx, units, parents, classes, stamps)
+        return Survivors(units, parents, classes, stamps)
+
+    def free_unpublished_grants(self) -> int:
+        """Free slots that a dead keeper had granted in the record but not yet in the ring. Returns how many."""
+        units = np.flatnonzero(self._private["holder"])
+        lanes = self._private["holder"][units] - 1
+        heads = np.array([peek(self.lane(k) + layout.L_GRANT_HEAD) for k in range(self.geometry.n_lanes)], np.int64)
+        records = self.mapping.address + self.geometry.records_offset
+        stamps = np.array([peek(records + int(u) * layout.RECORD_BYTES + layout.R_STAMP) for u in units], np.int64)
+        lost = units[stamps >= heads[lanes]] if len(units) else units
+        free_granted(self.ctx, np.ascontiguousarray(lost))
+        return len(lost)
+
+    # ---- intake
+
+    def apply(self, lane: int) -> Events:
+        """Apply one batch of a lane's commits; the events (a view that the next call overwrites)."""
+        packed = apply_commits(self.ctx, lane, self._events_at, len(self.events))
+        return self.events[: packed & 0xFFFFFFFF]
+
+    def touched(self, lane: int) -> Events:
+        """One batch of a lane's hit reports as events (a view that the next call overwrites)."""
+        packed = take_hits(self.ctx, lane, self._events_at, len(self.events))
+        return self.events[: packed & 0xFFFFFFFF]
+
+    def take_suspects(self) -> npt.NDArray[np.int64]:
+        """Units that readers reported as damaged since the last call."""
+        n = int(self._cells[Y_N_SUSPECTS // 8])
+        self._cells[Y_N_SUSPECTS // 8] = 0
+        return np.unique(self._private["suspects"][:n])
+
+    def pending(self, lane: int) -> int:
+        """Commit entries that wait in a lane's ring."""
+        at = self.lane(lane)
+        return int(peek(at + layout.L_COMMIT_HEAD) - peek(at + layout.L_COMMIT_TAIL))
+
+    # ---- room
+
+    def grant(self, lane: int, slot_class: int, n: int) -> int:
+        return int(grant(self.ctx, lane, slot_class, n))
+
+    def evict(self, victims: npt.NDArray[np.uint32], why: Eviction) -> Events:
+        """Evict those victims (children before parents) that nobody leases. Events EVICTED or KEPT, in order."""
+        if len(victims) > len(self.events):
+            raise ValueError(f"{len(victims)} victims at once; at most {len(self.events)}")
+        evict(self.ctx, victims, len(victims), self._marks, self._events_at, int(why))
+        return self.events[: len(victims)]
+
+    def n_free(self, slot_class: int) -> int:
+        return int(self._private["n_free"][slot_class])
+
+    def outstanding(self) -> npt.NDArray[np.int64]:
+        """Grants not used up yet, (n_lanes, N_CLASSES)."""
+        return self._private["outstanding"].reshape(self.geometry.n_lanes, N_CLASSES)
+
+    @property
+    def n_ready(self) -> int:
+        return int(self._cells[Y_N_READY // 8])
+
+    @property
+    def n_granted(self) -> int:
+        return int(self._cells[Y_N_GRANTED // 8])
+
+    def save_stamp(self) -> None:
+        poke(self.header(layout.H_STAMP), int(self._cells[Y_STAMP // 8]))
+
+    # ---- slabs
+
+    def slab_classes(self) -> npt.NDArray[np.int64]:
+        """Class of each slab, -1 for none."""
+        return np.array([peek(self._slab_row(slab)) - 1 for slab in range(self.geometry.n_slabs)], np.int64)
+
+    def slab_used(self) -> npt.NDArray[np.int64]:
+        """Slots of each slab that are not free."""
+        return self._private["slab_used"]
+
+    def touched_slabs(self) -> int:
+        """Slabs, from the first, whose memory is allocated and touched: only those are given to a class."""
+        return int(peek(self.header(layout.H_TOUCHED))) // self.geometry.slab_bytes
+
+    def set_touched(self, n_bytes: int) -> None:
+        poke(self.header(layout.H_TOUCHED), n_bytes)
+
+    def assign_slab(self, slab: int, slot_class: int) -> None:
+        """Give an unassigned slab to a class and put its slots on the free list."""
+        row, shape = self._slab_row(slab), self.shapes[slot_class]
+        poke(row + layout.B_STRIDE, shape.stride)
+        poke(row + layout.B_TABLE, shape.table_bytes)
+        poke(row + layout.B_SLOTS, shape.slots_per_slab)
+        poke(row + layout.B_CLASS, slot_class + 1)
+        push_free_slab(self.ctx, slab)
+
+    def unassign_slab(self, slab: int) -> None:
+        """Take an empty slab (no block, no grant) from its class."""
+        if self._private["slab_used"][slab]:
+            raise ValueError(f"slab {slab} is in use")
+        pull_free_slab(self.ctx, slab)
+        poke(self._slab_row(slab) + layout.B_CLASS, 0)
+
+    def slab_blocks(self, slab: int) -> npt.NDArray[np.uint32]:
+        """Units of the READY blocks in a slab."""
+        units, records = self.geometry.units_per_slab, self._records()
+        part = records[slab * units : (slab + 1) * units]
+        ready = np.flatnonzero((part[:, layout.R_STATE // 8] & 0xFF) == layout.SlotState.READY)
+        return (ready + slab * units).astype(np.uint32)
+
+    def stamps(self, units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
+        """When blocks were last used, on the keeper's own counter."""
+        return self._records()[units, layout.R_STAMP // 8]
+
+    def has_grants(self, slab: int) -> bool:
+        units = self.geometry.units_per_slab
+        return bool(self._private["holder"][slab * units : (slab + 1) * units].any())
+
+    def is_damaged(self, unit: int) -> bool:
+        """Whether a READY block's bytes do not give the checksum that its record has."""
+        from penstock.pool.copies import verify
+
+        if not 0 <= unit < self.geometry.n_units:
+            return False
+        record = self._records()[unit]
+        word = int(record[layout.R_STATE // 8])
+        row = next((row for row in self.spaces.values() if row.id == word >> 32), None)
+        if word & 0xFF != layout.SlotState.READY or row is None:
+            return False
+        payload, table = self.slot_addresses(unit)
+        bad = np.zeros(1, np.uint8)
+        verify(
+            1, np.array([payload]), np.arange(row.n_segments), row.segment_bytes, row.n_segments, np.array([table]),
+            np.ascontiguousarray(record[None, 2:4]), record[layout.R_ROOT // 8 : layout.R_ROOT // 8 + 1].copy(), bad,
+        )  # fmt: skip
+        return bool(bad[0])
+
+    def slot_addresses(self, unit: int) -> tuple[int, int]:
+        """Addresses of a slot's payload and of its checksum table."""
+        geometry = self.geometry
+        slab, rel = divmod(unit, geometry.units_per_slab)
+        row = self._slab_row(slab)
+        stride, table, slots = (int(peek(row + at)) for at in (layout.B_STRIDE, layout.B_TABLE, layout.B_SLOTS))
+        number = -(-rel * geometry.unit_bytes // stride)
+        base = self.mapping.address + geometry.data_offset + slab * geometry.slab_bytes
+        return base + number * stride, base + slots * stride + number * table
+
+    def parents(self) -> npt.NDArray[np.int64]:
+        """Parent unit of each unit's block, -1 for none."""
+        return self._private["parent"]
+
+    def _records(self) -> npt.NDArray[np.uint64]:
+        """All slot records as words, (n_units, 16). Only the keeper writes them, so the keeper may read them plainly."""
+        start = self.geometry.records_offset
+        raw = self.mapping.array[start : start + self.geometry.n_units * layout.RECORD_BYTES]
+        return raw.view(np.uint64).reshape(-1, layout.RECORD_BYTES // 8)
+
+    # ---- spaces
+
+    def space(self, digest: bytes, root: bytes, sizes: tuple[int, int, int, int], label: str) -> SpaceRow:
+        """The row of a space, made if need be. `sizes`: block_bytes, block_tokens, n_segments, segment_bytes.
+
+        Raises ConfigError for sizes that cannot be stored and KeeperError when the tables are full.
+        """
+        if digest in self.spaces:
+            row = self.spaces[digest]
+            if (row.block_bytes, row.block_tokens, row.n_segments, row.segment_bytes) != sizes or row.root != root:
+                raise ConfigError("a space of this digest is registered with other sizes")
+            return row
+        block_bytes, _, n_segments, segment_bytes = sizes
+        if min(sizes) < 1 or n_segments * segment_bytes != block_bytes or len(digest) != 32 or len(root) != 16:
+            raise ConfigError(f"{n_segments} segments of {segment_bytes} bytes are not a block of {block_bytes}")
+        slot_class = self._class_for(plan_slots(self.geometry, block_bytes, n_segments))
+        free = next((i for i in range(self.geometry.max_spaces) if peek(self._space_at(i)) == 0), None)
+        if free is None:
+            raise KeeperError(f"all {self.geometry.max_spaces} spaces of this pool are in use; recreate it")
+        row = SpaceRow(free, digest, root, *sizes, slot_class, label[:60])
+        self._write_space(row)
+        self.spaces[digest] = row
+        return row
+
+    def _class_for(self, shape: SlotShape) -> int:
+        if shape in self.shapes:
+            return self.shapes.index(shape)
+        if len(self.shapes) == N_CLASSES:
+            raise KeeperError(f"this pool has {N_CLASSES} different slot sizes already; recreate it")
+        self.shapes.append(shape)
+        return len(self.shapes) - 1
+
+    def _space_at(self, index: int) -> int:
+        return self.mapping.address + self.geometry.spaces_offset + index * layout.SPACE_BYTES
+
+    def _write_space(self, row: SpaceRow) -> None:
+        at = self.geometry.spaces_offset + row.id * layout.SPACE_BYTES
+        array = self.mapping.array
+        array[at + layout.S_DIGEST : at + layout.S_DIGEST + 32] = np.frombuffer(row.digest, np.uint8)
+        array[at + layout.S_ROOT : at + layout.S_ROOT + 16] = np.frombuffer(row.root, np.uint8)
+        label = row.label.encode()[:63].ljust(64, b"\0")
+        array[at + layout.S_LABEL : at + layout.S_LABEL + 64] = np.frombuffer(label, np.uint8)
+        address = self._space_at(row.id)
+        for offset, value in (
+            (layout.S_BLOCK_BYTES, row.block_bytes),
+            (layout.S_BLOCK_TOKENS, row.block_tokens),
+            (layout.S_SEGMENTS, row.n_segments),
+            (layout.S_SEGMENT_BYTES, row.segment_bytes),
+            (layout.S_CLASS, row.slot_class),
+        ):
+            poke(address + offset, value)
+        poke(address + layout.S_STATE, 1)
+
+    def _read_spaces(self) -> None:
+        self.spaces = {row.digest: row for row in read_spaces(self.mapping.array, self.geometry)}
+
+    def _read_shapes(self) -> None:
+        """Classes are numbered in the order their first space was registered; the spaces say which sizes they are."""
+        by_class = {
+            row.slot_class: plan_slots(self.geometry, row.block_bytes, row.n_segments) for row in self.spaces.values()
+        }
+        self.shapes = [by_class[number] for number in range(len(by_class))]
+
+    # ---- lanes
+
+    def lane_state(self, index: int) -> LaneState:
+        return LaneState(peek(self.lane(index) + layout.L_STATE))
+
+    def open_lane(self) -> tuple[int, int] | None:
+        """A free lane, now in use, and its epoch; None if all are taken."""
+        for index in range(self.geometry.n_lanes):
+            at = self.lane(index)
+            if peek(at + layout.L_STATE) == LaneState.FREE:
+                epoch = peek(at + layout.L_EPOCH) + 1
+                poke(at + layout.L_EPOCH, epoch)
+                poke_and_fence(at + layout.L_STATE, int(LaneState.USED))
+                return index, epoch
+        return None
+
+    def close_lane(self, index: int) -> int:
+        """Take everything back from a lane whose client is proven dead. Its ring must have been drained.
+
+        Returns the number of slots that were granted to it.
+        """
+        units = np.flatnonzero(self._private["holder"] == index + 1)
+        free_granted(self.ctx, units)
+        self._keep_counters(index)
+        at = self.lane(index)
+        clear(at + self.geometry.lease_table_offset, self.geometry.leases * 8)
+        epoch = peek(at + layout.L_EPOCH) + 1
+        clear(at + layout.L_COMMIT_TAIL, layout.LANE_CONTROL_BYTES - layout.L_COMMIT_TAIL)
+        poke(at + layout.L_EPOCH, epoch)
+        poke(at + layout.L_STATE, int(LaneState.FREE))
+        self.count(G_RECLAIMED_LANES, 1)
+        self.count(G_RECLAIMED_SLOTS, len(units))
+        return len(units)
+
+    def _keep_counters(self, index: int) -> None:
+        counters = lane_counters(self.mapping.array, self.geometry, index)
+        for number in np.flatnonzero(counters):
+            self.count(G_DEPARTED + int(number), int(counters[number]))
+
+    def count(self, counter: int, by: int) -> None:
+        cell = self.header(layout.COUNTERS_OFFSET) + 8 * counter
+        poke(cell, peek(cell) + by)
+
+    def counters(self) -> npt.NDArray[np.uint64]:
+        return keeper_counters(self.mapping.array)
+
+    def evictions(self) -> dict[str, int]:
+        counters = self.counters()
+        return {why.name.lower(): int(counters[G_EVICTION + why]) for why in Eviction}
+
+
+def keeper_counters(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """The counters page of a mapped segment. A reader may see counts of a batch that is still being applied."""
+    at = layout.COUNTERS_OFFSET
+    return array[at : at + 8 * layout.N_COUNTERS].view(np.uint64)
+
+
+def lane_counters(array: npt.NDArray[np.uint8], geometry: layout.Geometry, index: int) -> npt.NDArray[np.uint64]:
+    """A lane's counters in a segment mapped from its start."""
+    at = geometry.lanes_offset + index * geometry.lane_bytes + layout.L_COUNTERS
+    return array[at : at + 8 * layout.LANE_COUNTERS].view(np.uint64)
+
+
+def read_spaces(array: npt.NDArray[np.uint8], geometry: layout.Geometry) -> list[SpaceRow]:
+    """The registered spaces of a segment mapped from its start."""
+    rows = []
+    for index in range(geometry.max_spaces):
+        at = geometry.spaces_offset + index * layout.SPACE_BYTES
+        row = array[at : at + layout.SPACE_BYTES]
+        words = row.view(np.uint64)
+        if words[0] != 1:
+            continue
+        sizes = (int(words[cell // 8]) for cell in (layout.S_BLOCK_BYTES, layout.S_BLOCK_TOKENS, layout.S_SEGMENTS))
+        block_bytes, block_tokens, n_segments = sizes
+        rows.append(
+            SpaceRow(
+                index,
+                row[layout.S_DIGEST : layout.S_DIGEST + 32].tobytes(),
+                row[layout.S_ROOT : layout.S_ROOT + 16].tobytes(),
+                block_bytes,
+                block_tokens,
+                n_segments,
+                int(words[layout.S_SEGMENT_BYTES // 8]),
+                int(words[layout.S_CLASS // 8]),
+                row[layout.S_LABEL : layout.S_LABEL + 64].tobytes().rstrip(b"\0").decode(errors="replace"),
+            )
+        )
+    return rows
+
+
+def _private_columns(geometry: layout.Geometry) -> dict[str, npt.NDArray[np.int64]]:
+    return {
+        "next_free": np.full(geometry.n_units, -1, np.int64),
+        "holder": np.zeros(geometry.n_units, np.int64),
+        "parent": np.full(geometry.n_units, -1, np.int64),
+        "free_head": np.full(N_CLASSES, -1, np.int64),
+        "n_free": np.zeros(N_CLASSES, np.int64),
+        "outstanding": np.zeros(geometry.n_lanes * N_CLASSES, np.int64),
+        "slab_used": np.zeros(geometry.n_slabs, np.int64),
+        "suspects": np.zeros(_MAX_SUSPECTS, np.int64),
+    }
+
+
+def _context(base: int, geometry: layout.Geometry, private: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
+    cells = np.zeros(KEEPER_CELLS, np.int64)
+    values = {
+        Y_HEADER: base,
+        Y_COUNTERS: base + layout.COUNTERS_OFFSET,
+        Y_SPACES: base + geometry.spaces_offset,
+        Y_SLABS: base + geometry.slabs_offset,
+        Y_RECORDS: base + geometry.records_offset,
+        Y_DIRECTORY: base + geometry.directory_offset,
+        Y_LANES: base + geometry.lanes_offset,
+        Y_MASK: geometry.n_buckets - 1,
+        Y_N_UNITS: geometry.n_units,
+        Y_UNITS_PER_SLAB: geometry.units_per_slab,
+        Y_UNIT_BYTES: geometry.unit_bytes,
+        Y_LANE_BYTES: geometry.lane_bytes,
+        Y_N_LANES: geometry.n_lanes,
+        Y_RING_MASK: geometry.ring - 1,
+        Y_LEASES_AT: geometry.lease_table_offset,
+        Y_COMMITS_AT: geometry.commit_ring_offset,
+        Y_GRANTS_AT: geometry.grant_ring_offset,
+        Y_HITS_AT: geometry.hit_ring_offset,
+        Y_N_LEASES: geometry.leases,
+        Y_MAX_SPACES: geometry.max_spaces,
+        Y_NEXT_FREE: private["next_free"].ctypes.data,
+        Y_HOLDER: private["holder"].ctypes.data,
+        Y_PARENT: private["parent"].ctypes.data,
+        Y_FREE_HEAD: private["free_head"].ctypes.data,
+        Y_N_FREE: private["n_free"].ctypes.data,
+        Y_OUTSTANDING: private["outstanding"].ctypes.data,
+        Y_SLAB_USED: private["slab_used"].ctypes.data,
+        Y_SUSPECTS: private["suspects"].ctypes.data,
+        Y_MAX_SUSPECTS: _MAX_SUSPECTS,
+    }
+    for offset, value in values.items():
+        cells[offset // 8] = value
+    return cells
+
+
+__all__ = ["EVENT_BYTES", "Authority", "Events", "SpaceRow", "Survivors"]

@@ -1,0 +1,418 @@
+"""The client: everything an engine does with a pool.
+
+Covers match, reserve, hand-over, spaces and what happens when the keeper goes and comes back. The bytes move in
+`lease.py` and `reservation.py`; how a client comes to have an attachment is `runtime/opening.py`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import time
+import weakref
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from penstock.errors import ConfigError, PoolClosed
+from penstock.pool.attachment import Attachment
+from penstock.pool.context import K_COMMITTED, K_DROP, K_RUNG, K_WRITTEN_BYTES
+from penstock.pool.grants import GrantStore
+from penstock.pool.layout import COMMIT_BYTES, KIND_ABORT, KIND_COMMIT, KIND_SUSPECT
+from penstock.pool.lease import Handover, Lease
+from penstock.pool.link import Link
+from penstock.pool.reader import COUNT_BITS, COUNT_MASK, HEAD_BITS, HEAD_MASK, adopt, match
+from penstock.pool.reservation import Reservation
+from penstock.pool.tensors import TensorMap
+from penstock.pool.wire import Names, SpaceOf
+from penstock.pool.writer import RING_BIT, must_ring, publish, set_waiting, unapplied
+from penstock.types import Drop, Intent, Miss
+
+if TYPE_CHECKING:
+    from penstock.identity import KeyChain, Space
+
+__all__ = ["Pool", "SpaceHandle", "Stored"]
+
+log = logging.getLogger("penstock.client")
+
+# How long a wait for the keeper sleeps before it looks whether the keeper still lives.
+_WAIT_SLICE_S = 0.1
+
+_live_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
+
+
+@dataclass(slots=True, eq=False)
+class SpaceHandle:
+    """A space as one pool knows it. `id` and `slot_class` belong to the pool's present segment."""
+
+    space: Space
+    label: str
+    id: int
+    slot_class: int
+    block_bytes: int
+    n_segments: int
+    segment_bytes: int
+    shape: int
+    """id | block bytes << 32, as the kernels take it."""
+    root: bytes
+
+    def segments(self, which: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
+        """Indices of layer segments as a checked int64 array; None is all of them."""
+        if which is None:
+            return np.arange(self.n_segments, dtype=np.int64)
+        segs = np.ascontiguousarray(which, dtype=np.int64)
+        if segs.ndim != 1 or (len(segs) and (segs.min() < 0 or segs.max() >= self.n_segments)):
+            raise ValueError(f"segments {which!r} of a block that has {self.n_segments}")
+        return segs
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """What `Pool.store` did: blocks published, and why there are no more."""
+
+    n_blocks: int
+    drop: Drop
+
+
+class Pool:
+    """An open pool. Thread-safe; leases and reservations taken from it are each for one thread at a time.
+
+    `mode` is "attached" (a keeper serves it, other processes share it) or "embedded" (this process serves it alone).
+    """
+
+    def __init__(self, name: str, at: Attachment, link: Link, mode: Literal["attached", "embedded"]) -> None:
+        self.name = name
+        self.mode = mode
+        self.verify = True
+        """Whether gathers check checksums unless told otherwise."""
+        self._at = at
+        self._link = link
+        self._grants = GrantStore(at)
+        self._handles: dict[bytes, SpaceHandle] = {}
+        self._names: dict[int, str] = {}
+        self._last_reserve = 0.0
+        self._on_close: list[weakref.finalize] = []
+        _live_pools.add(self)
+
+    # ---- spaces
+
+    def space(self, space: Space, label: str = "") -> SpaceHandle:
+        """Register a space with the pool, or find it. Asks the keeper the first time.
+
+        Raises ConfigError when its blocks do not fit, KeeperError when the pool takes no more spaces, NoKeeper.
+        """
+        from penstock.identity import root_key
+
+        self._require_open()
+        digest = space.digest()
+        if digest in self._handles:
+            return self._handles[digest]
+        handle = SpaceHandle(
+            space, label, -1, -1, space.block_bytes, space.n_segments, space.segment_bytes, -1, bytes(root_key(space))
+        )
+        if space.segment_bytes % 64 or space.segment_bytes < 256:
+            raise ConfigError(
+                f"layer segments of {space.segment_bytes} bytes: use a multiple of 64 of at least 256 "
+                "(more tokens in a block)"
+            )
+        self._register(handle)
+        self._handles[digest] = handle
+        return handle
+
+    def _register(self, handle: SpaceHandle) -> None:
+        space = handle.space
+        answer = self._link.space(
+            SpaceOf(
+                space.digest(), handle.root, space.block_bytes, space.block_tokens, space.n_segments,
+                space.segment_bytes, handle.label,
+            )
+        )  # fmt: skip
+        handle.id, handle.slot_class = answer.id, answer.slot_class
+        handle.shape = answer.id | handle.block_bytes << 32
+
+    # ---- reading
+
+    def match(self, handle: SpaceHandle, keys: KeyChain, intent: Intent | None = None) -> Lease:
+        """Lease the longest prefix of `keys` that is in the pool. Never raises for a miss, never waits.
+
+        `intent` is accepted here so that callers need not change; a lookup records none yet.
+        """
+        at = self._at
+        if at.dead is not None:
+            return Lease(self, at, handle, 0, 0, at.dead)
+        with at.lease_lock:
+            packed = match(at.ctx, keys.array, handle.shape)
+        return Lease(
+            self, at, handle, packed & HEAD_MASK, packed >> HEAD_BITS & COUNT_MASK,
+            Miss(packed >> (HEAD_BITS + COUNT_BITS)),
+        )  # fmt: skip
+
+    def adopt(self, data: bytes) -> Lease:
+        """Take a lease of one's own on the blocks of another process's lease (`Lease.handover`).
+
+        Every slot is checked again: what changed meanwhile ends the lease there (miss CHANGED). Raises ConfigError for
+        bytes that are no hand-over, of another pool, or of a space that this client has not opened.
+        """
+        try:
+            given = msgspec.msgpack.decode(data, type=Handover)
+        except msgspec.DecodeError as error:
+            raise ConfigError(f"not a lease hand-over: {error}") from error
+        at = self._at
+        handle = self._handles.get(given.digest)
+        if given.uuid != at.uuid or handle is None:
+            raise ConfigError("a lease of another pool, or of a space that was not opened here; call `space` first")
+        if len(given.handles) != len(given.keys) or len(given.keys) % 16:
+            raise ConfigError("not a lease hand-over: its parts differ in length")
+        handles = np.frombuffer(given.handles, np.int64).reshape(-1, 2).copy()
+        keys = np.frombuffer(given.keys, np.uint64).reshape(-1, 2).copy()
+        if at.dead is not None:
+            return Lease(self, at, handle, 0, 0, at.dead)
+        with at.lease_lock:
+            packed = adopt(at.ctx, handles, keys, handle.shape)
+        reason = Miss(packed >> (HEAD_BITS + COUNT_BITS))
+        return Lease(self, at, handle, packed & HEAD_MASK, packed >> HEAD_BITS & COUNT_MASK, reason)
+
+    def _report_damage(self, at: Attachment, cell: int, i: int) -> None:
+        """Ask the keeper to look at the i-th block from `cell` on, and to drop it if its checksum is wrong."""
+        from penstock.pool.slots import lease_handles
+
+        handles, keys = np.zeros((i + 1, 2), np.int64), np.zeros((i + 1, 2), np.uint64)
+        lease_handles(at.ctx, cell, i + 1, handles, keys)
+        rows = np.zeros((1, COMMIT_BYTES // 8), np.int64)
+        rows[0, 0], rows[0, 1], rows[0, 2] = KIND_SUSPECT, handles[i, 0], handles[i, 1]
+        log.warning("pool %s: block %s has a wrong checksum; the engine recomputes it", self.name, keys[i].tobytes().hex())
+        self._put(at, rows)
+
+    # ---- writing
+
+    def reserve(self, handle: SpaceHandle, n: int, wait_s: float = 0.0) -> Reservation:
+        """Up to n slots to fill, waiting at most `wait_s` seconds for the keeper to make room.
+
+        Never raises for want of room: the reservation is shorter, its `drop` says why, and the difference is counted.
+        """
+        at, deadline = self._at, time.monotonic() + wait_s
+        if n < 0:
+            raise ValueError(f"{n} slots")
+        if at.dead is not None:
+            return Reservation(self, at, handle, np.zeros((0, 2), np.int64), _drop_of(at.dead), deadline)
+        n = min(n, at.geometry.ring)
+        self._last_reserve = time.monotonic()
+        self._grants.want(handle.slot_class, n)
+        if must_ring(at.ctx):
+            self._link.ring()
+        slots = self._grants.pop(handle.slot_class, n)
+        while len(slots) < n and self._wait_for_keeper(at, deadline):
+            slots = np.concatenate([slots, self._grants.pop(handle.slot_class, n - len(slots))])
+        drop = Drop.NONE
+        if len(slots) < n:
+            drop = Drop.NO_ROOM if self._link.alive else Drop.NO_KEEPER
+            self._count(at, K_DROP + drop, n - len(slots))
+        self._grants.want(handle.slot_class, 0)
+        return Reservation(self, at, handle, slots, drop, deadline)
+
+    def store(
+        self,
+        handle: SpaceHandle,
+        keys: KeyChain,
+        tensors: TensorMap,
+        *,
+        wait_s: float = 0.0,
+        intent: Intent | None = None,
+    ) -> Stored:
+        """Reserve, copy in and commit the blocks of `keys`, from the first on, as far as there is room."""
+        with self.reserve(handle, len(keys), wait_s) as reservation:
+            n = len(reservation)
+            published = reservation.commit(keys[:n], tensors.blocks(slice(n)), intent=intent)
+            drop = Drop.RING_FULL if published < n else reservation.drop
+        return Stored(published, drop)
+
+    def flush(self, timeout_s: float = 1.0) -> bool:
+        """Wait until the keeper has taken in everything this client committed. False when the time is over first."""
+        at, deadline = self._at, time.monotonic() + timeout_s
+        while at.dead is None and unapplied(at.ctx):
+            if not self._wait_for_keeper(at, deadline):
+                return not unapplied(at.ctx)
+        return at.dead is None
+
+    def _wait_for_keeper(self, at: Attachment, deadline: float) -> bool:
+        """Ring the keeper if it sleeps and wait until it did something. False when the time is over or it is gone."""
+        remaining = deadline - time.monotonic()
+        if remaining <= 0 or not self._link.alive or at.dead is not None:
+            return False
+        try:
+            grants = set_waiting(at.ctx, 1)
+            if must_ring(at.ctx):
+                self._link.ring()
+            if not grants:
+                self._link.wait(min(remaining, _WAIT_SLICE_S))
+        finally:
+            set_waiting(at.ctx, 0)
+        return True
+
+    def _publish(self, reservation: Reservation, keys: KeyChain, n: int, intent: Intent | None) -> int:
+        """Commit the first n slots of a reservation. Slots that find no room in the ring are kept for the next one."""
+        handle, at = reservation._handle, reservation._at
+        rows = np.zeros((n, COMMIT_BYTES // 8), np.int64)
+        rows[:, 0] = KIND_COMMIT
+        rows[:, 1] = reservation._units[:n]
+        rows[:, 2] = reservation._generations[:n]
+        rows[:, 3] = at.given.epoch
+        rows[:, 4:6] = keys.array.view(np.int64)
+        rows[0, 6:8] = np.frombuffer(keys.parent, np.int64)
+        rows[1:, 6:8] = rows[:-1, 4:6]
+        rows[:, 8] = handle.block_bytes
+        rows[:, 9] = handle.id
+        rows[:, 10] = reservation._roots[:n].view(np.int64)
+        if intent is not None:
+            rows[:, 11:16] = self._intent_words(intent)
+        done = self._put(at, rows)
+        while done < n and self._wait_for_keeper(at, reservation._deadline):
+            done += self._put(at, rows[done:])
+        if done < n:
+            self._count(at, K_DROP + Drop.RING_FULL, n - done)
+            self._grants.push(handle.slot_class, rows[done:, 1:3])
+        self._grants.used(handle.slot_class, done)
+        self._count(at, K_COMMITTED, done)
+        self._count(at, K_WRITTEN_BYTES, done * handle.block_bytes)
+        return done
+
+    def _return_grants(
+        self, at: Attachment, slot_class: int, units: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]
+    ) -> None:
+        """Keep unused slots for the next reservation; they go back to the keeper when the client is idle."""
+        if at is self._at:
+            self._grants.push(slot_class, np.stack([units, generations], axis=1))
+
+    def tidy(self, idle_s: float) -> None:
+        """Return unused grants if nothing was reserved for `idle_s` seconds."""
+        if time.monotonic() - self._last_reserve >= idle_s:
+            self.return_idle_grants()
+
+    def return_idle_grants(self) -> int:
+        """Give the keeper back what this client was granted and did not use. Returns how many slots."""
+        at = self._at
+        if at.dead is not None:
+            return 0
+        slots = self._grants.drain()
+        if not len(slots):
+            return 0
+        rows = np.zeros((len(slots), COMMIT_BYTES // 8), np.int64)
+        rows[:, 0], rows[:, 3] = KIND_ABORT, at.given.epoch
+        rows[:, 1:3] = slots[:, 1:]
+        done = self._put(at, rows)
+        for slot_class in np.unique(slots[done:, 0]):
+            left = slots[done:]
+            self._grants.keep(int(slot_class), left[left[:, 0] == slot_class, 1:])
+        return done
+
+    def _put(self, at: Attachment, rows: npt.NDArray[np.int64]) -> int:
+        """Entries into the commit ring; rings the keeper if it sleeps. Returns how many found room."""
+        rows = np.ascontiguousarray(rows)
+        with at.write_lock:
+            if at.dead is not None:
+                return 0
+            packed = publish(at.ctx, rows.ctypes.data, len(rows))
+        if packed & RING_BIT:
+            self._count(at, K_RUNG, 1)
+            self._link.ring()
+        return int(packed & (RING_BIT - 1))
+
+    def _count(self, at: Attachment, counter: int, by: int) -> None:
+        if by and at.dead is None:
+            with at.lease_lock:
+                at.counters()[counter] += by
+
+    def _intent_words(self, intent: Intent) -> list[int]:
+        """session, tenant, priority, ttl_ms, deadline_ms, as the ring carries them."""
+        if not -(1 << 31) <= intent.priority < 1 << 31:
+            raise ConfigError(f"priority {intent.priority} does not fit into 32 bits")
+        ttl = 0 if intent.ttl_s is None else max(1, round(intent.ttl_s * 1000))
+        deadline = 0 if intent.deadline_s is None else max(1, round(intent.deadline_s * 1000))
+        return [self._digest(intent.session), self._digest(intent.tenant), intent.priority, ttl, deadline]
+
+    def _digest(self, name: str) -> int:
+        """8 bytes that stand for a session or tenant name (0 for none); the keeper is told the name once."""
+        if not name:
+            return 0
+        digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+        if digest not in self._names:
+            self._names[digest] = name
+            self._link.names(Names({digest: name}))
+        return digest
+
+    # ---- seeing inside
+
+    def counters(self) -> dict[str, int]:
+        """What this client counted: lookups, keys, hits, misses and drops by reason, bytes."""
+        from penstock.pool.counting import lane_report
+
+        return lane_report(self._at.counters())
+
+    def held(self) -> dict[str, int]:
+        """What this client holds now: leased blocks, unused grants, commits that the keeper has not taken in."""
+        at = self._at
+        pending = 0 if at.dead is not None else int(unapplied(at.ctx))
+        return {"leases": at.n_leased(), "grants": self._grants.count(), "unapplied": pending}
+
+    # ---- life
+
+    def replace(self, at: Attachment) -> None:
+        """Go over to another segment of the same pool. Leases on the old one stay valid and keep it mapped."""
+        old, self._at = self._at, at
+        self._grants = GrantStore(at)
+        old.end()
+        for handle in self._handles.values():
+            self._register(handle)
+
+    def close(self) -> None:
+        """Give everything back and leave. Idempotent.
+
+        Leases that still stand can only be released; until they (and the arrays made from them) are gone, their blocks
+        stay where they are, and the lane stays this client's.
+        """
+        if self._at.dead is None:
+            self.return_idle_grants()
+            self.flush(0.2)
+        for finalizer in self._on_close:
+            finalizer()
+        self._at.end()
+        self._link.close()
+
+    @property
+    def closed(self) -> bool:
+        return self._at.dead is not None
+
+    def _require_open(self) -> None:
+        if self._at.dead is not None:
+            raise PoolClosed(f"pool {self.name!r} is closed here ({self._at.dead.name.lower()}); open it again")
+
+    def __enter__(self) -> Pool:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"<Pool {self.name!r}, {'closed' if self.closed else self.mode}>"
+
+    def _forked(self) -> None:
+        # The parent's lane, lock and socket are not ours: close our copies of the descriptors, touch nothing else.
+        self._at.forked()
+        self._link.abandon()
+
+
+def _drop_of(miss: Miss) -> Drop:
+    return Drop.FORKED if miss is Miss.FORKED else Drop.CLOSED
+
+
+def _after_fork() -> None:
+    for pool in list(_live_pools):
+        pool._forked()
+
+
+os.register_at_fork(after_in_child=_after_fork)

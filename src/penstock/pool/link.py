@@ -1,0 +1,160 @@
+"""A client's line to its keeper: a bell each way and rare questions. Nothing of it is on the data path.
+
+`Link` is what the client needs; `SocketLink` is the real one. An embedded pool has its own (`runtime/embedded.py`).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+from typing import Protocol
+
+from penstock.errors import FormatMismatch, KeeperError, NoKeeper
+from penstock.pool.attachment import LaneGrant
+from penstock.pool.wire import (
+    PROTOCOL,
+    Confirm,
+    Connection,
+    Hello,
+    Names,
+    Reply,
+    Request,
+    SpaceIs,
+    SpaceOf,
+    Welcome,
+)
+
+__all__ = ["Link", "SocketLink"]
+
+log = logging.getLogger("penstock.client")
+
+
+class Link(Protocol):
+    """What a client needs of its keeper."""
+
+    alive: bool
+
+    def ring(self) -> None:
+        """Wake the keeper. Never blocks."""
+
+    def wait(self, timeout_s: float) -> None:
+        """Wait until the keeper rings back, at most `timeout_s`. May return early."""
+
+    def space(self, request: SpaceOf) -> SpaceIs:
+        """Register a space. Raises KeeperError or NoKeeper."""
+
+    def names(self, request: Names) -> None:
+        """Tell what digests stand for; lost without a keeper."""
+
+    def close(self) -> None: ...
+
+    def abandon(self) -> None:
+        """In a forked child: close the descriptors, take no lock, say nothing."""
+
+
+class SocketLink:
+    """The control socket and two eventfds. Questions are asked under a lock, one at a time."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.alive = False
+        self._asking = threading.Lock()
+        self._connection: Connection | None = None
+        self._bell = self._own_bell = -1
+
+    def connect(self, client_name: str, held: LaneGrant | None = None, uuid: bytes = b"") -> Welcome:
+        """Say hello, for a new lane or for one that is held since before the keeper started.
+
+        Raises NoKeeper, KeeperError (refused: e.g. all lanes taken, or the lane is not this client's any more).
+        """
+        connection = Connection(self.name)
+        try:
+            hello = Hello(PROTOCOL, client_name, uuid=uuid)
+            if held is not None:
+                hello = Hello(PROTOCOL, client_name, held.lane, held.epoch, uuid)
+            reply, fds = connection.ask(hello, n_fds=2)
+            if not isinstance(reply, Welcome) or len(fds) != 2:
+                raise FormatMismatch("the keeper speaks another version; run the same Penstock on both sides")
+        except BaseException:
+            connection.close()
+            raise
+        self._drop()
+        self._connection = connection
+        self._bell, self._own_bell = fds
+        return reply
+
+    def confirm(self) -> None:
+        """Tell the keeper that the lane's lock is held; from here on the client counts as alive."""
+        self._ask(Confirm())
+        self.alive = True
+
+    def _ask(self, request: Request) -> Reply:
+        with self._asking:
+            if self._connection is None:
+                raise NoKeeper(f"no keeper serves pool {self.name!r} at the moment")
+            return self._connection.ask(request)[0]
+
+    def space(self, request: SpaceOf) -> SpaceIs:
+        reply = self._ask(request)
+        if not isinstance(reply, SpaceIs):
+            raise KeeperError(f"unexpected answer {type(reply).__name__} to a space")
+        return reply
+
+    def names(self, request: Names) -> None:
+        try:
+            self._ask(request)
+        except KeeperError as error:
+            log.debug("names not told: %s", error)
+
+    def ring(self) -> None:
+        try:
+            os.eventfd_write(self._bell, 1)
+        except OSError as error:  # the keeper's descriptor was replaced under us: it looks at all rings when it starts
+            log.debug("bell not rung: %s", error)
+
+    def wait(self, timeout_s: float) -> None:
+        poll = select.poll()
+        poll.register(self._own_bell, select.POLLIN)
+        if poll.poll(max(0, int(timeout_s * 1000 + 0.999))):
+            try:
+                os.eventfd_read(self._own_bell)
+            except BlockingIOError:
+                pass  # another thread took the ring; both look again
+
+    def hung_up(self, timeout_s: float | None, wake_fd: int) -> bool:
+        """Wait until the keeper's end closes (True), or `wake_fd` becomes readable or the time is over (False)."""
+        connection = self._connection
+        if connection is None:
+            return True
+        poll = select.poll()
+        poll.register(connection.socket, select.POLLRDHUP)
+        poll.register(wake_fd, select.POLLIN)
+        ready = poll.poll(None if timeout_s is None else max(1, int(timeout_s * 1000)))
+        gone = any(fd == connection.socket.fileno() for fd, _ in ready)
+        if gone:
+            self.alive = False
+        return gone
+
+    def _drop(self) -> None:
+        with self._asking:
+            self._close_all()
+
+    def _close_all(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+        for fd in (self._bell, self._own_bell):
+            if fd >= 0:
+                os.close(fd)
+        self._bell = self._own_bell = -1
+
+    def close(self) -> None:
+        self.alive = False
+        self._drop()
+
+    def abandon(self) -> None:
+        self.alive = False
+        self._asking = threading.Lock()
+        self._close_all()

@@ -1,0 +1,56 @@
+"""Make a segment's memory real before anybody is granted a part of it: `python -m penstock.pool.pretouch PATH FROM`.
+
+A store into a page that tmpfs cannot provide kills the process with SIGBUS, so every page is allocated first, which
+fails with an error instead, and touched, because a first touch costs twenty times a warm copy. A process of its own
+does it in pieces of 2 MiB: from a thread of the keeper it triples the readers' p99 (protocol.md). Nothing here changes a
+byte, so a pre-toucher that outlives its keeper does no harm.
+
+Prints the offset reached after each piece; the keeper reads that and hands out what lies below.
+"""
+
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+import sys
+
+from penstock.pool.layout import HUGE_PAGE, PAGE
+
+__all__ = ["touch_range"]
+
+
+def touch_range(fd: int, start: int, size: int) -> bool:
+    """Allocate and touch a page-aligned range of a file. False if the file system is full."""
+    try:
+        os.posix_fallocate(fd, start, size)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
+            return False
+        raise
+    with mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=start) as mapped:
+        # A read allocates and clears a page of a shared mapping as well as a write does.
+        bytes(mapped[::PAGE])
+    return True
+
+
+def main(path: str, start: int) -> int:
+    """Touch from `start` to the end. Exit status 0 when all is touched, 1 when the file system is full."""
+    os.nice(10)
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    end = os.fstat(fd).st_size
+    at = start
+    while at < end:
+        piece = min(HUGE_PAGE, end - at)
+        if not touch_range(fd, at, piece):
+            return 1
+        at += piece
+        print(at, flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1], int(sys.argv[2])))
+    except BrokenPipeError:
+        os._exit(0)  # the keeper is gone; the next one starts its own

@@ -1,0 +1,1 @@
+"""What runs: the keeper and its control socket."""

@@ -1,0 +1,288 @@
+"""The keeper: the one process (or, embedded, the one object) that serves a pool.
+
+Each `step` takes in what clients published, tells the brain, makes room as the brain decides, and grants slots. It
+waits for nothing; sockets, sleep and signals are in `serve.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+import numpy as np
+
+from penstock.core.brain import Brain
+from penstock.pool import layout
+from penstock.pool.authority import Authority, Events, SpaceRow
+from penstock.pool.cells import peek, poke, poke_and_fence
+from penstock.pool.keeper_context import G_DAMAGED
+from penstock.pool.layout import N_CLASSES, LaneState
+from penstock.pool.locks import FIRST_LANE_BYTE, ByteLock
+from penstock.pool.segment import Segment
+from penstock.pool.survey import SURVEY_COLUMNS, V_COMMITS, V_HITS, V_WAITING, V_WANTS, survey, wants_of
+from penstock.runtime.slabs import coldest_foreign_slab, take_fresh_slab, with_descendants
+from penstock.types import EventKind, Eviction
+
+__all__ = ["Keeper"]
+
+log = logging.getLogger("penstock.keeper")
+
+# Grants that clients hold without having filled them: at most this share of a class's slots.
+GRANT_SHARE = 16
+# Evicting in batches spreads the cost of one fence and one scan of all lanes; a reserve of free slots follows from it.
+EVICT_AHEAD = 512
+# ... but never more than this share of what the class could hold.
+EVICT_SHARE = 64
+MAX_NAMES = 100_000
+
+
+class Keeper:
+    """Serves a mapped segment. The caller holds the keeper's lock.
+
+    `touch(slab) -> bool` makes a slab's memory ready on demand (embedded pools); a serving keeper leaves it None and
+    raises the touched mark itself.
+    """
+
+    def __init__(
+        self, segment: Segment, locks: ByteLock, *, policy: str = "lru", touch: Callable[[int], bool] | None = None
+    ) -> None:
+        self.authority = Authority(segment)
+        self.geometry = segment.geometry
+        self.brain = Brain(self.geometry.n_units, N_CLASSES, policy)
+        self._locks = locks
+        self._touch = touch
+        self._rows = np.zeros((self.geometry.n_lanes, SURVEY_COLUMNS), np.int64)
+        self._wants = np.zeros(N_CLASSES, np.int64)
+        self._victims = np.zeros(len(self.authority.events), np.uint32)
+        # A sleep has a number that no sleep of an earlier keeper had: clients ring once for each.
+        self._sleep_number = 0
+        self._first_lane = 0
+        self.opening: set[int] = set()
+        """Lanes handed out to clients that have not confirmed yet that they hold the lane's lock."""
+        self._damaged: set[int] = set()
+        self.names: dict[int, str] = {}
+        self._recover()
+
+    # ---- start
+
+    def _recover(self) -> None:
+        started = time.perf_counter()
+        authority = self.authority
+        survivors = authority.recover()
+        self.brain.restore(survivors.units, survivors.parents, survivors.classes, survivors.stamps)
+        for lane in range(self.geometry.n_lanes):
+            if authority.lane_state(lane) == LaneState.USED:
+                self._drain(lane)
+        dead = self.reclaim_dead()
+        unpublished = authority.free_unpublished_grants()
+        log.info(
+            "recovered %d blocks in %.0f ms (%d dead clients, %d unpublished grants)",
+            authority.n_ready,
+            1e3 * (time.perf_counter() - started),
+            dead,
+            unpublished,
+        )
+
+    # ---- one step
+
+    def step(self) -> list[int]:
+        """Do what there is to do now. Returns the lanes whose clients wait and for which something was done."""
+        survey(self.authority.ctx, self._rows)
+        progressed = set()
+        for lane in np.flatnonzero(self._rows[:, V_COMMITS] | self._rows[:, V_HITS]):
+            self._drain(int(lane))
+            progressed.add(int(lane))
+        self._drop_damaged()
+        progressed |= self._grant_wanted()
+        if not progressed:
+            return []
+        self.authority.save_stamp()
+        # Fences, then reads who waits: what was published above is seen by whoever is not seen waiting here.
+        survey(self.authority.ctx, self._rows)
+        return [lane for lane in progressed if self._rows[lane, V_WAITING]]
+
+    def has_work(self) -> bool:
+        """Whether a step would find commits, hits or (grantable) wants."""
+        busy = survey(self.authority.ctx, self._rows)
+        return bool(busy)
+
+    def announce_sleep(self) -> bool:
+        """Say that the keeper sleeps, then look again. True if it may sleep; False if work came in meanwhile."""
+        self._sleep_number += 1
+        epoch = peek(self.authority.header(layout.H_KEEPER_EPOCH))
+        poke_and_fence(self.authority.header(layout.H_SLEEPING), epoch << 32 | self._sleep_number)
+        if self.has_work() or self._grant_wanted():
+            self.announce_awake()
+            return False
+        return True
+
+    def announce_awake(self) -> None:
+        poke_and_fence(self.authority.header(layout.H_SLEEPING), 0)
+
+    def _drain(self, lane: int) -> None:
+        """Take in all hits and commits of a lane. Hits first: they protect what they touched from this step's evictions."""
+        authority = self.authority
+        while len(events := authority.touched(lane)):
+            self.brain.observe(events, self._now())
+        before = -1
+        while (left := authority.pending(lane)) > 0 and left != before:
+            before = left
+            self._observe(authority.apply(lane))
+
+    def _observe(self, events: Events) -> None:
+        if len(events):
+            self.brain.observe(events, self._now())
+
+    def _now(self) -> int:
+        return time.monotonic_ns() // 1_000_000
+
+    # ---- grants
+
+    def _grant_wanted(self) -> set[int]:
+        """Top up every lane to what it wants, as far as there is room. Starts at another lane each time."""
+        granted: set[int] = set()
+        lanes = np.flatnonzero(self._rows[:, V_WANTS])
+        if not len(lanes):
+            return granted
+        self._first_lane += 1
+        for lane in np.roll(lanes, self._first_lane % len(lanes)):
+            wants_of(self.authority.ctx, int(lane), self._wants)
+            for slot_class in np.flatnonzero(self._wants[: len(self.authority.shapes)]):
+                if self._grant(int(lane), int(slot_class), int(self._wants[slot_class])):
+                    granted.add(int(lane))
+        return granted
+
+    def _grant(self, lane: int, slot_class: int, n: int) -> int:
+        outstanding = self.authority.outstanding()
+        n = min(
+            n,
+            self.geometry.ring - int(outstanding[lane].sum()),
+            self.grant_limit(slot_class) - int(outstanding[:, slot_class].sum()),
+        )
+        if n <= 0:
+            return 0
+        self.make_room(slot_class, n)
+        return self.authority.grant(lane, slot_class, n)
+
+    def class_slots(self, slot_class: int) -> int:
+        """Slots that a class would have if the whole pool were its own."""
+        return self.geometry.n_slabs * self.authority.shapes[slot_class].slots_per_slab
+
+    def grant_limit(self, slot_class: int) -> int:
+        """How many grants of a class may be outstanding: a sixteenth of the pool, but enough for small pools to work."""
+        slots = self.class_slots(slot_class)
+        return max(slots // GRANT_SHARE, min(64, slots // 2), 1)
+
+    def make_room(self, slot_class: int, n: int) -> None:
+        """Have at least n free slots of a class if the brain and the leases allow it."""
+        authority = self.authority
+        while authority.n_free(slot_class) < n:
+            if self._fresh_slab(slot_class) or self._evict(slot_class, n - authority.n_free(slot_class)):
+                continue
+            if not self._clear_foreign_slab(slot_class):
+                return
+
+    def _fresh_slab(self, slot_class: int) -> bool:
+        if take_fresh_slab(self.authority, slot_class):
+            return True
+        touched = self.authority.touched_slabs()
+        if self._touch is None or touched >= self.geometry.n_slabs or not self._touch(touched):
+            return False
+        self.authority.set_touched((touched + 1) * self.geometry.slab_bytes)
+        return take_fresh_slab(self.authority, slot_class)
+
+    def _evict(self, slot_class: int, n: int) -> int:
+        """Evict at least n blocks of a class if possible; more, to spread the cost. Returns how many went."""
+        ahead = min(EVICT_AHEAD, self.class_slots(slot_class) // EVICT_SHARE)
+        batch = min(max(n, ahead), len(self._victims))
+        picked = self.brain.victims(slot_class, batch, self._victims[:batch])
+        if not picked:
+            return 0
+        before = self.authority.n_free(slot_class)
+        self._observe(self.authority.evict(self._victims[:picked], Eviction.CAPACITY))
+        return self.authority.n_free(slot_class) - before
+
+    def _clear_foreign_slab(self, slot_class: int) -> bool:
+        """Evict the coldest slab of another class, with what hangs on its blocks, and take it. False if leases forbid."""
+        slab = coldest_foreign_slab(self.authority, slot_class)
+        if slab is None:
+            return False
+        doomed = with_descendants(self.authority, self.authority.slab_blocks(slab), self.brain.facts.resident())
+        for start in range(0, len(doomed), len(self._victims)):
+            part = doomed[start : start + len(self._victims)]
+            self._observe(self.authority.evict(part, Eviction.SLAB))
+        if int(self.authority.slab_used()[slab]):
+            return False
+        return take_fresh_slab(self.authority, slot_class)
+
+    # ---- damage
+
+    def _drop_damaged(self) -> None:
+        """Evict the blocks whose checksums are really wrong, with what continues their chains, once no lease holds them."""
+        for unit in self.authority.take_suspects():
+            if self.authority.is_damaged(int(unit)):
+                self._damaged.add(int(unit))
+        if not self._damaged:
+            return
+        still = [unit for unit in self._damaged if self.authority.is_damaged(unit)]
+        blocks = np.array(still, np.uint32)
+        doomed = with_descendants(self.authority, blocks, self.brain.facts.resident())
+        evicted = 0
+        for start in range(0, len(doomed), len(self._victims)):
+            events = self.authority.evict(doomed[start : start + len(self._victims)], Eviction.CHECKSUM)
+            evicted += int((events["kind"] == EventKind.EVICTED).sum())
+            self._observe(events)
+        self._damaged = {unit for unit in still if self.authority.is_damaged(unit)}
+        if gone := len(still) - len(self._damaged):
+            self.authority.count(G_DAMAGED, gone)
+            log.error("%d damaged blocks dropped, %d with what continued their chains", gone, evicted)
+
+    # ---- clients
+
+    def open_lane(self) -> tuple[int, int] | None:
+        """A lane for a new client, and its epoch. The client must take the lane's lock and confirm (`confirm_lane`)."""
+        opened = self.authority.open_lane()
+        if opened is not None:
+            self.opening.add(opened[0])
+        return opened
+
+    def confirm_lane(self, lane: int) -> None:
+        self.opening.discard(lane)
+
+    def lane_alive(self, lane: int) -> bool:
+        """Whether the kernel says that some process holds the lane's lock."""
+        return self._locks.held_by_other(FIRST_LANE_BYTE + lane)
+
+    def reclaim_dead(self) -> int:
+        """Drain and take back the lanes whose owners the kernel proves gone. Returns how many."""
+        dead = 0
+        for lane in range(self.geometry.n_lanes):
+            if self.authority.lane_state(lane) == LaneState.USED and lane not in self.opening:
+                if not self.lane_alive(lane):
+                    self._drain(lane)
+                    self.authority.close_lane(lane)
+                    dead += 1
+        return dead
+
+    def lane_is(self, lane: int, epoch: int) -> bool:
+        """Whether a client that says it owns this lane does: same epoch, in use, and its lock held."""
+        if not 0 <= lane < self.geometry.n_lanes or self.authority.lane_state(lane) != LaneState.USED:
+            return False
+        return peek(self.authority.lane(lane) + layout.L_EPOCH) == epoch and self.lane_alive(lane)
+
+    def space(self, digest: bytes, root: bytes, sizes: tuple[int, int, int, int], label: str) -> SpaceRow:
+        return self.authority.space(digest, root, sizes, label)
+
+    def learn_names(self, names: dict[int, str]) -> None:
+        """What session and tenant digests stand for. Bounded; for display only."""
+        if len(self.names) + len(names) <= MAX_NAMES:
+            self.names |= names
+
+    def stop(self) -> None:
+        """Leave the segment in order. It stays; another keeper can go on from here."""
+        for lane in range(self.geometry.n_lanes):
+            if self.authority.lane_state(lane) == LaneState.USED:
+                self._drain(lane)
+        self.authority.save_stamp()
+        poke(self.authority.header(layout.H_CLEAN), 1)

@@ -1,0 +1,186 @@
+"""How a process comes to have a pool: attach to the keeper's, or serve one itself.
+
+Covers `penstock.open` and coming back after a keeper restarted or its segment was replaced.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import select
+import threading
+import weakref
+from pathlib import Path
+
+from penstock.errors import ConfigError, Damaged, KeeperError, NoKeeper, PenstockError
+from penstock.pool import segment as segments
+from penstock.pool.attachment import Attachment, LaneGrant
+from penstock.pool.client import Pool
+from penstock.pool.layout import MIB, Geometry, plan_geometry
+from penstock.pool.link import SocketLink
+from penstock.pool.locks import FIRST_LANE_BYTE, ByteLock
+from penstock.pool.wire import Welcome
+
+__all__ = ["open_pool"]
+
+log = logging.getLogger("penstock.client")
+
+# Unused grants go back after this long without a reservation, which is also how often an idle client wakes for it.
+IDLE_S = 2.0
+_RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+
+
+def open_pool(
+    name: str = "default",
+    *,
+    embedded: int | None = None,
+    path: str | os.PathLike[str] | None = None,
+    client: str = "",
+    geometry: Geometry | None = None,
+) -> Pool:
+    """Open the pool `name`: attach to its keeper; or, with `embedded` bytes and no keeper, serve one in this process.
+
+    `path` places an embedded pool's file (default: shared memory). `client` is what `penstock stat` calls this process.
+    `geometry` replaces the default layout of an embedded pool of `embedded` bytes.
+    Says in one log line which of the two it did. Raises NoKeeper, KeeperError, SegmentError, NoSpaceLeft, ConfigError.
+    """
+    _warm_keys()
+    segments.check_name(name)
+    client = client or f"pid-{os.getpid()}"
+    try:
+        pool = _attach(name, client)
+    except NoKeeper:
+        if embedded is None and geometry is None:
+            raise
+        pool = _embed(name, geometry or plan_geometry(embedded or 0), path)
+    log.info("pool %s: %s, %d MiB", name, pool.mode, pool._at.geometry.total_bytes // MIB)
+    return pool
+
+
+def _warm_keys() -> None:
+    """Load the key kernel in the background; hashlib serves until it is there."""
+    from penstock import identity
+
+    if not identity.is_warm():
+        threading.Thread(target=identity.warm, name="penstock-warm-keys", daemon=True).start()
+
+
+# ---- attached
+
+
+def _attach(name: str, client: str) -> Pool:
+    link = SocketLink(name)
+    try:
+        at = _new_attachment(link, client)
+        pool = Pool(name, at, link, "attached")
+    except BaseException:
+        link.close()
+        raise
+    stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    thread = threading.Thread(
+        target=_look_after, args=(weakref.ref(pool), link, client, stop), name=f"penstock-{name}", daemon=True
+    )
+    pool._on_close.append(weakref.finalize(pool, os.eventfd_write, stop, 1))
+    thread.start()
+    return pool
+
+
+def _new_attachment(link: SocketLink, client: str) -> Attachment:
+    """Say hello, map the segment, lock the lane, confirm."""
+    welcome = link.connect(client)
+    locks, at = _map(welcome)
+    try:
+        link.confirm()
+    except BaseException:
+        locks.close()
+        raise
+    return at
+
+
+def _map(welcome: Welcome) -> tuple[ByteLock, Attachment]:
+    path = Path(welcome.path)
+    segment = segments.open_existing(path)
+    locks = ByteLock(segments.lock_path(path))
+    try:
+        if segment.uuid != welcome.uuid:
+            raise Damaged(f"{path} is not the segment that the keeper serves; was it replaced by hand?")
+        if not locks.try_acquire(FIRST_LANE_BYTE + welcome.lane):
+            raise KeeperError(f"lane {welcome.lane} is still locked by another process; try again")
+        return locks, Attachment(segment, locks, LaneGrant(welcome.lane, welcome.epoch))
+    except BaseException:
+        locks.close()
+        raise
+    finally:
+        segment.close()
+
+
+def _look_after(pool_ref: weakref.ref[Pool], link: SocketLink, client: str, stop: int) -> None:
+    """The client's one background thread: notices that the keeper went, comes back to the next one, returns idle grants.
+
+    Ends with the pool. Sleeps in the kernel; an idle client with no grants wakes for nothing.
+    """
+    attempt = 0
+    while (pool := pool_ref()) is not None and not pool.closed:
+        pause: float | None = IDLE_S if pool.held()["grants"] else None
+        if not link.alive:
+            pause = _RETRY_S[min(attempt, len(_RETRY_S) - 1)]
+            attempt = 0 if _come_back(pool, link, client) else attempt + 1
+        else:
+            pool.tidy(IDLE_S)
+        del pool
+        if link.alive:
+            if link.hung_up(pause, stop):
+                log.warning("pool %s: the keeper is gone; reads go on, writes are dropped until it is back", link.name)
+        else:
+            _nap(stop, pause or _RETRY_S[0])
+    os.close(stop)
+
+
+def _nap(stop: int, seconds: float) -> None:
+    poll = select.poll()
+    poll.register(stop, select.POLLIN)
+    poll.poll(int(seconds * 1000))
+
+
+def _come_back(pool: Pool, link: SocketLink, client: str) -> bool:
+    """Greet the next keeper with the lane that is held, or take a new one where the segment was replaced."""
+    at = pool._at
+    try:
+        welcome = link.connect(client, at.given, at.uuid)
+        if welcome.uuid == at.uuid and welcome.lane == at.given.lane and welcome.epoch == at.given.epoch:
+            link.confirm()
+        else:
+            _, fresh = _map(welcome)
+            link.confirm()
+            pool.replace(fresh)
+    except NoKeeper:
+        return False
+    except (PenstockError, OSError) as error:
+        log.warning("pool %s: cannot come back to its keeper yet: %s", pool.name, error)
+        return False
+    log.info("pool %s: back with its keeper", pool.name)
+    return True
+
+
+# ---- embedded
+
+
+def _embed(name: str, geometry: Geometry, path: str | os.PathLike[str] | None) -> Pool:
+    from penstock.runtime.embedded import EmbeddedLink
+
+    where = Path(path) if path is not None else segments.default_path(f"{name}.{os.getpid()}")
+    if segments.exists(where):
+        raise ConfigError(f"{where} exists already; an embedded pool needs a file of its own")
+    segment = segments.create(where, geometry)
+    lock_file = segments.lock_path(where)
+    link = EmbeddedLink(segment, lock_file)
+    opened = link.keeper.open_lane()
+    if opened is None:
+        raise KeeperError("no lane in a new pool")
+    locks = ByteLock(lock_file)
+    locks.try_acquire(FIRST_LANE_BYTE + opened[0])
+    link.keeper.confirm_lane(opened[0])
+    pool = Pool(name, Attachment(segment, locks, LaneGrant(*opened)), link, "embedded")
+    # A pool that is dropped without close leaves no file behind.
+    pool._on_close.append(weakref.finalize(pool, link.close))
+    return pool

@@ -1,0 +1,73 @@
+"""Which slab serves which slot size: handing out fresh ones, taking back empty ones, and clearing one for another class.
+
+Rare work, so it is plain numpy. A slab changes hands only when it holds no block and no grant.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.pool.authority import Authority
+
+__all__ = ["coldest_foreign_slab", "take_fresh_slab", "with_descendants"]
+
+
+def take_fresh_slab(authority: Authority, slot_class: int) -> bool:
+    """Give a class an unassigned slab whose memory is ready, or an empty one of another class. False if there is none."""
+    if not 0 <= slot_class < len(authority.shapes):
+        return False
+    classes = authority.slab_classes()
+    ready = np.arange(len(classes)) < authority.touched_slabs()
+    unassigned = np.flatnonzero((classes < 0) & ready)
+    if len(unassigned):
+        authority.assign_slab(int(unassigned[0]), slot_class)
+        return True
+    empty = np.flatnonzero((classes >= 0) & (classes != slot_class) & (authority.slab_used() == 0))
+    if len(empty):
+        authority.unassign_slab(int(empty[0]))
+        authority.assign_slab(int(empty[0]), slot_class)
+        return True
+    return False
+
+
+def coldest_foreign_slab(authority: Authority, slot_class: int) -> int | None:
+    """The slab of another class, without grants, whose most recently used block is the oldest; None if there is none.
+
+    Only a class that holds more slabs than `slot_class` gives one up, so that two busy classes settle at equal shares.
+    """
+    classes = authority.slab_classes()
+    own = int((classes == slot_class).sum())
+    best, best_use = None, None
+    for slab in np.flatnonzero((classes >= 0) & (classes != slot_class)):
+        if int((classes == classes[slab]).sum()) <= own + 1 or authority.has_grants(int(slab)):
+            continue
+        blocks = authority.slab_blocks(int(slab))
+        use = int(authority.stamps(blocks).max()) if len(blocks) else -1
+        if best_use is None or use < best_use:
+            best, best_use = int(slab), use
+    return best
+
+
+def with_descendants(authority: Authority, blocks: npt.NDArray[np.uint32], resident: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+    """Those blocks and every resident block that continues one of their chains, children before parents.
+
+    Pointer jumping: after k rounds each block knows about its 2**k nearest ancestors.
+    """
+    parents = authority.parents().copy()
+    units = np.flatnonzero(resident)
+    doomed = np.zeros(len(parents) + 1, bool)
+    doomed[blocks] = True
+    jump = np.full(len(parents) + 1, len(parents), np.int64)
+    jump[units] = np.where(parents[units] >= 0, parents[units], len(parents))
+    depth = np.zeros(len(parents) + 1, np.int64)
+    depth[units] = jump[units] < len(parents)
+    while (jump[units] < len(parents)).any():
+        doomed[units] |= doomed[jump[units]]
+        depth[units] += depth[jump[units]]
+        jump[units] = jump[jump[units]]
+    chosen = units[doomed[units]]
+    order = np.argsort(-depth[chosen], kind="stable")
+    return chosen[order].astype(np.uint32)
+
+

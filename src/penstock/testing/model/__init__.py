@@ -1,0 +1,9 @@
+"""An explicit-state model of the pool's protocol: store buffers, deaths at every step, and mutations that must be found.
+
+Covers leases, grants, commits, recovery, reclamation and wake-up; `docs/architecture.md` says what it leaves out.
+"""
+
+from penstock.testing.model.machine import Explorer, Result
+from penstock.testing.model.scenarios import MUTATIONS, SCENARIOS, UNSOUND, Mutation, explore
+
+__all__ = ["MUTATIONS", "SCENARIOS", "UNSOUND", "Explorer", "Mutation", "Result", "explore"]
