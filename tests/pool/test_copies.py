@@ -109,7 +109,9 @@ class Shape:
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    stripes = draw(st.sampled_from([4, 5, 8, 12, 16, 17, 32, 63, 64, 65, 68, 96, 127, 128, 129, 144, 192, 200]))
+    stripes = draw(
+        st.sampled_from([4, 5, 8, 12, 16, 17, 32, 63, 64, 65, 68, 96, 127, 128, 129, 144, 192, 200])
+    )
     segment_bytes = 64 * stripes
     divisors = [runs for runs in (1, 2, 3, 4, 5, 8, 12, 16, 40) if segment_bytes % runs == 0]
     return Shape(
@@ -143,13 +145,9 @@ def test_gather_moves_exactly_the_selected_bytes(shape: Shape, mask: int, stream
 @settings(max_examples=150, deadline=None)
 @given(shapes(), st.integers(0, 15), st.booleans())
 def test_gather_verified_moves_the_same_and_passes(shape: Shape, mask: int, streaming: bool) -> None:
-    shape.fill(shape.slots)
-    shape.seal()
-    segs = subset(shape, mask)
-    expected = shape.expected_engine(segs, shape.engine)
-    n_bad = copies.gather_verified(*shape.move_args(segs), *shape.sums_args(), shape.bad, streaming)  # type: ignore[arg-type]
-    assert n_bad == 0
-    assert not shape.bad.any()
+    shape.fill(shape.slots) shape.seal() segs = subset(shape, mask) expected = shape.expected_engine(segs,
+    shape.engine) n_bad = copies.gather_verified(*shape.move_args(segs), *shape.sums_args(), shape.bad,
+    streaming)  # type: ignore[arg-type] assert n_bad == 0 assert not shape.bad.any()
     np.testing.assert_array_equal(shape.engine, expected)
 
 
@@ -185,20 +183,13 @@ def test_scatter_and_seal_write_the_reference_checksums(shape: Shape) -> None:
 @pytest.mark.parametrize("offset", range(64))
 def test_every_alignment_of_the_engine(offset: int) -> None:
     shape = Shape(n_blocks=3, n_segments=2, segment_bytes=4096 * 3 + 64, engine_offset=offset)
-    shape.fill(shape.slots)
-    shape.seal()
-    every = np.arange(2, dtype=np.int64)
-    expected = shape.expected_engine(every, shape.engine)
-    copies.gather(*shape.move_args(every), True)
-    np.testing.assert_array_equal(shape.engine, expected)
-    shape.engine[:] = GUARD
-    assert copies.gather_verified(*shape.move_args(every), *shape.sums_args(), shape.bad, True) == 0  # type: ignore[arg-type]
-    np.testing.assert_array_equal(shape.engine, expected)
-    before = shape.slots.copy()
-    roots = shape.roots.copy()
-    shape.roots[:] = 0
-    copies.scatter(*shape.move_args(every), *shape.sums_args())  # type: ignore[arg-type]
-    np.testing.assert_array_equal(shape.slots, before)
+    shape.fill(shape.slots) shape.seal() every = np.arange(2, dtype=np.int64) expected =
+    shape.expected_engine(every, shape.engine) copies.gather(*shape.move_args(every), True)
+    np.testing.assert_array_equal(shape.engine, expected) shape.engine[:] = GUARD assert
+    copies.gather_verified(*shape.move_args(every), *shape.sums_args(), shape.bad, True) == 0  # type:
+    ignore[arg-type] np.testing.assert_array_equal(shape.engine, expected) before = shape.slots.copy() roots =
+    shape.roots.copy() shape.roots[:] = 0 copies.scatter(*shape.move_args(every), *shape.sums_args())  # type:
+    ignore[arg-type] np.testing.assert_array_equal(shape.slots, before)
     np.testing.assert_array_equal(shape.roots, roots)
 
 
@@ -226,13 +217,8 @@ def test_scatter_layer_by_layer_gives_the_same_root() -> None:
 
 
 def test_no_blocks_and_no_segments_are_allowed() -> None:
-    shape = Shape(n_blocks=1, n_segments=1, segment_bytes=256)
-    shape.fill(shape.slots)
-    shape.seal()
-    before = shape.engine.copy()
-    none = np.zeros(0, dtype=np.int64)
-    copies.gather(*shape.move_args(none), True)
-    assert copies.gather_verified(*shape.move_args(none), *shape.sums_args(), shape.bad, True) == 0  # type: ignore[arg-type]
-    every = np.arange(1, dtype=np.int64)
-    copies.gather(0, *shape.move_args(every)[1:], True)
+    shape = Shape(n_blocks=1, n_segments=1, segment_bytes=256) shape.fill(shape.slots) shape.seal() before =
+    shape.engine.copy() none = np.zeros(0, dtype=np.int64) copies.gather(*shape.move_args(none), True) assert
+    copies.gather_verified(*shape.move_args(none), *shape.sums_args(), shape.bad, True) == 0  # type:
+    ignore[arg-type] every = np.arange(1, dtype=np.int64) copies.gather(0, *shape.move_args(every)[1:], True)
     np.testing.assert_array_equal(shape.engine, before)

@@ -29,8 +29,7 @@ _MAX_UNITS = NO_UNIT - 2**16
 
 
 class Brain:
-    """State for `n_units` slots (indexed by a slot's first unit) in `n_classes` slot classes, ordered by
-    `policy`.
+    """State for `n_units` slots, indexed by a slot's first unit, in `n_classes` slot classes.
 
     Raises ConfigError for a size that cannot be or an unknown policy. Times are integers in milliseconds of
     any clock that does not run backwards.
@@ -57,9 +56,7 @@ class Brain:
             raise ConsistencyError(self._why_illegal(events[applied], applied))
 
     def admit(self, events: NDArray[np.void]) -> NDArray[np.bool_]:
-        """[n]: which blocks, described as COMMITTED events but not committed yet, are worth a slot. Changes
-        nothing.
-        """
+        """[n]: which blocks, described as COMMITTED events but not committed yet, are worth a slot."""
         return self.policy.admit(events)
 
     def victims(self, slot_class: int, n: int, out: Words, exactly: bool = False) -> int:
@@ -88,11 +85,10 @@ class Brain:
         units: Words,
         parents: Words,
         classes: Words,
-        stamps: NDArray[np.uint64],
+        stamps: NDArray[np.int64] | NDArray[np.uint64],
         intents: NDArray[np.void] | None = None,
     ) -> None:
-        """Forget everything and take in the blocks that a segment holds; the smallest stamp is the oldest
-        use.
+        """Forget everything and take in the blocks that a segment holds, the smallest stamp as the oldest.
 
         All arrays are [n]; a parent is a unit or NO_UNIT; `intents` is of intent_dtype. `last_use` becomes
         the stamp and `hits` 0. Raises ConsistencyError, and is then empty, if a unit occurs twice or its
@@ -107,8 +103,8 @@ class Brain:
             rows["parent"][units] = parents
             rows["last_use"][units] = stamps
             self.facts.intents[units] = np.zeros((), intent_dtype) if intents is None else intents
-            children = np.bincount(parents[parents != NO_UNIT], minlength=self.facts.n_units)
-            rows["children"][:] = rows["open"][:] = children
+            parent, children = np.unique(parents[parents != NO_UNIT], return_counts=True)
+            rows["children"][parent] = rows["open"][parent] = children
             self.facts.counts[:, 0] = np.bincount(classes, minlength=self.facts.n_classes)
             self.facts.assert_consistent()
         except ConsistencyError:
@@ -118,9 +114,7 @@ class Brain:
         self.policy.restore(units[np.argsort(stamps, kind="stable")].astype(np.int64))
 
     def assert_consistent(self) -> None:
-        """Raise ConsistencyError naming what is wrong with the facts or the policy's order. Changes
-        nothing.
-        """
+        """Raise ConsistencyError naming what is wrong with the facts or the policy's order. Reads only."""
         self.facts.assert_consistent()
         self.policy.assert_consistent()
 

@@ -20,9 +20,7 @@ __all__ = ["Policy"]
 
 
 class Policy(ABC):
-    """One policy's state over `facts`, which it shares with the brain. Batches in, batches out; nothing
-    blocks.
-    """
+    """One policy's state over `facts`, which it shares with the brain. Nothing here blocks."""
 
     name: ClassVar[str]
     """As in `Brain(policy=...)`."""
@@ -32,8 +30,7 @@ class Policy(ABC):
 
     @abstractmethod
     def observe(self, events: Words, now: int) -> int:
-        """Apply the events ([n, EVENT_WORDS], `event_dtype` as words) in order, to the facts and to the
-        order.
+        """Apply the events, `event_dtype` as words [n, EVENT_WORDS], one after the other.
 
         Returns how many were applied: fewer than n if the one after them is illegal, and that one changed
         nothing.
@@ -41,8 +38,7 @@ class Policy(ABC):
 
     @abstractmethod
     def victims(self, slot_class: int, n: int, out: Words) -> int:
-        """Pick up to n resident, unpicked blocks of the class into `out`, children before parents; returns
-        how many.
+        """Pick up to n resident, unpicked blocks of the class into `out`, children first; returns how many.
 
         Returns fewer than n only if no unpicked block of the class is left. A picked block is out of the
         order until an event answers it.
@@ -50,15 +46,11 @@ class Policy(ABC):
 
     @abstractmethod
     def restore(self, units: NDArray[np.int64]) -> None:
-        """Forget the order and build it again for blocks, already in the facts, sorted from oldest to
-        newest use.
-        """
+        """Build the order anew for blocks that are in the facts already, given from oldest to newest use."""
 
     @abstractmethod
     def assert_consistent(self) -> None:
-        """Raise ConsistencyError unless each resident, unpicked block is exactly once in the order. Reads
-        only.
-        """
+        """Raise ConsistencyError unless each resident, unpicked block is in the order exactly once."""
 
     def admit(self, events: NDArray[np.void]) -> NDArray[np.bool_]:
         """[n]: which of these blocks, not yet committed, are worth a slot. All of them unless a policy

@@ -1,12 +1,12 @@
-"""Least recently used, tail-first within a chain. Covers the order only; what is true of a block is in
-`facts.py`.
+"""Least recently used, tail-first within a chain. Only the order; what is true of a block is in `facts.py`.
 
-The block that leaves next is the one without resident children whose own last use is oldest. A doubly
-linked ring per slot class holds the blocks from newest to oldest. A block that reaches the old end while it
-still has children is passed over: it is taken off the ring, and when its last child leaves it goes back to
-the old end, for it is older than anything on the ring. So a chain's blocks leave one after the other from
-its tail, every block is passed over at most once per use, and picking a victim costs amortised constant
-time whatever the chains look like.
+The block that leaves next is the one without resident children whose own last use is oldest. A doubly linked
+ring per slot class holds the blocks from newest to oldest. A block that reaches the old end while it still has
+children is passed over: it is taken off the ring, and when its last child leaves it goes back to the old end,
+being older than all that was never passed over. So a chain's blocks leave one after the other from its tail, a
+block is passed over at most once per use, and a victim costs amortised constant time whatever the chains look
+like. (One call may pass over many blocks: as many as were used before the victim and still have children.)
+Where evictions that this policy did not choose uncover several blocks, those go in the order of uncovering.
 
 Within a batch, a block that follows its parent is put right behind it, so that a chain reported from head
 to tail lies with its head as the most recently used; a later chain is more recent than an earlier one.

@@ -253,14 +253,14 @@ class Authority:
 
     def slab_blocks(self, slab: int) -> npt.NDArray[np.uint32]:
         """Units of the READY blocks in a slab."""
-        units, records = self.geometry.units_per_slab, self._records()
+        units, records = self.geometry.units_per_slab, self.records()
         part = records[slab * units : (slab + 1) * units]
         ready = np.flatnonzero((part[:, layout.R_STATE // 8] & 0xFF) == layout.SlotState.READY)
         return (ready + slab * units).astype(np.uint32)
 
     def stamps(self, units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
         """When blocks were last used, on the keeper's own counter."""
-        return self._records()[units, layout.R_STAMP // 8]
+        return self.records()[units, layout.R_STAMP // 8]
 
     def has_grants(self, slab: int) -> bool:
         units = self.geometry.units_per_slab
@@ -272,7 +272,7 @@ class Authority:
 
         if not 0 <= unit < self.geometry.n_units:
             return False
-        record = self._records()[unit]
+        record = self.records()[unit]
         word = int(record[layout.R_STATE // 8])
         row = next((row for row in self.spaces.values() if row.id == word >> 32), None)
         if word & 0xFF != layout.SlotState.READY or row is None:
@@ -299,7 +299,7 @@ class Authority:
         """Parent unit of each unit's block, -1 for none."""
         return self._private["parent"]
 
-    def _records(self) -> npt.NDArray[np.uint64]:
+    def records(self) -> npt.NDArray[np.uint64]:
         """All slot records as words, (n_units, 16). Only the keeper writes them, so the keeper may read them plainly."""
         start = self.geometry.records_offset
         raw = self.mapping.array[start : start + self.geometry.n_units * layout.RECORD_BYTES]

@@ -1,9 +1,10 @@
 """What a block's checksum is: the definition, the reference in plain Python, and the steps the kernels call.
 
-A block has a table of one u64 per layer segment, kept beside its slot, and one u64 root over that table, kept in the
-slot record. A segment's checksum depends on the block's key, the segment's index, the segment's size and the number of
-segments, so the right bytes in the wrong place fail. It detects accidents; it is no defence against someone who may
-write to the pool. `docs/formats.md` states the format with test vectors; `copies.py` computes it while copying.
+A block has a table of one u64 per layer segment, kept beside its slot, and one u64 root over that table, kept
+in the slot record. A segment's checksum depends on the block's key, the segment's index, the segment's size
+and the number of segments, so the right bytes in the wrong place fail. It detects accidents; it is no defence
+against someone who may write to the pool. `docs/formats.md` states the format with test vectors; `copies.py`
+computes it while copying.
 
 Definition (u64 arithmetic, all words little-endian):
 
@@ -13,13 +14,14 @@ Definition (u64 arithmetic, all words little-endian):
     segment s    = absorb(... absorb(absorb(block, s + 1), xxh3_64(page 0)) ..., xxh3_64(page P - 1))
     root         = absorb(absorb(block, 0), sum over s of mix(table[s] + (s + 1) * GOLDEN))
 
-where a segment is cut into P = max(1, segment_bytes // 4096) pages of 4096 bytes, the last of which takes what is left
-over (4096 to 8128 bytes; the only page of a segment below 8192 bytes is the segment). `xxh3_64` is XXH3_64bits with
-seed 0. Because `absorb` is a bijection, two segments that differ in the digest of one page differ in their checksum,
-and two tables that differ in one word differ in their root.
+where a segment is cut into P = max(1, segment_bytes // 4096) pages of 4096 bytes, the last of which takes
+what is left over (4096 to 8128 bytes; the only page of a segment below 8192 bytes is the segment). `xxh3_64`
+is XXH3_64bits with seed 0. Because `absorb` is a bijection, two segments that differ in the digest of one
+page differ in their checksum, and two tables that differ in one word differ in their root.
 
-Sources: Y. Collet, "xxHash fast digest algorithm", section "XXH3 algorithm description" (long inputs); SplitMix64: G.
-Steele, D. Lea, C. Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, with D. Stafford's mixer 13.
+Sources: Y. Collet, "xxHash fast digest algorithm", section "XXH3 algorithm description" (long inputs);
+SplitMix64: G. Steele, D. Lea, C. Flood, "Fast Splittable Pseudorandom Number Generators", OOPSLA 2014, with
+D. Stafford's mixer 13.
 """
 
 from __future__ import annotations
@@ -84,7 +86,7 @@ _SECRET = bytes.fromhex(
 )
 
 
-# ---- the reference, in plain Python --------------------------------------------------------------------------------
+# The reference, in plain Python.
 
 
 def page_lengths(segment_bytes: int) -> list[int]:
@@ -145,7 +147,7 @@ def _reference_merge(lanes: list[int], length: int) -> int:
 
 
 def reference_segment(data: bytes, key: bytes, index: int, n_segments: int) -> int:
-    """The checksum of segment `index` (bytes `data`) of a block with 16-byte `key`. Slow: for tests and other tools."""
+    """The checksum of segment `index` (bytes `data`) of a block with 16-byte `key`. Slow: for tests and tools."""
     state = _absorb(_block(key, len(data), n_segments), index + 1)
     at = 0
     for length in page_lengths(len(data)):
@@ -160,7 +162,7 @@ def reference_root(table: Sequence[int], key: bytes, segment_bytes: int) -> int:
     return _absorb(_absorb(_block(key, segment_bytes, len(table)), 0), total & _MASK)
 
 
-# ---- the same as steps of a kernel ---------------------------------------------------------------------------------
+# The same as steps of a kernel.
 
 _U_GOLDEN, _U_MIX_1, _U_MIX_2 = np.uint64(_GOLDEN), np.uint64(_MIX_1), np.uint64(_MIX_2)
 _U_27, _U_30, _U_31, _U_32, _U_37 = (np.uint64(n) for n in (27, 30, 31, 32, 37))

@@ -7,20 +7,21 @@ Covers `gather` and `gather_verified` (slots to an engine), `scatter` (an engine
 Words of the arguments, the same in every kernel:
 
     payload_addrs[i]   address of block i's slot, a multiple of 64; segment s lies at + s * segment_bytes
-    segs[j]            the segments (layers) to move, any subset in any order
-    seg_base[j]        where segment segs[j] of an engine's block 0 lies in the engine's memory, any alignment
-    block_index[i]     which of the engine's blocks block i is, at seg_base[j] + block_index[i] * block_stride
-    runs, run_stride   an engine's segment is `runs` pieces of segment_bytes / runs bytes, run_stride apart: one for
-                       paged tensors, one per head for contiguous [heads, tokens, dim] caches
+    segs[j]            the segments (layers) to move, any subset in any order seg_base[j]        where segment
+    segs[j] of an engine's block 0 lies in the engine's memory, any alignment block_index[i]     which of the
+    engine's blocks block i is, at seg_base[j] + block_index[i] * block_stride runs, run_stride   an engine's
+    segment is `runs` pieces of segment_bytes / runs bytes, run_stride apart: one
+                       for paged tensors, one per head for contiguous [heads, tokens, dim] caches
     segment_bytes      a multiple of 64, at least 256
     streaming          write past the cache: right unless the destination is small and read again at once
     table_addrs[i]     address of block i's n_segments checksums; a multiple of 8
     keys[i], roots[i]  block i's key as two little-endian words, and the root over its table
 
-All strides and sizes are in bytes. Addresses are int64. All kernels release the GIL and end with the fence that orders
-their stores before a publication that follows.
+All strides and sizes are in bytes. Addresses are int64. All kernels release the GIL and end with the fence
+that orders their stores before a publication that follows.
 
-The loops are in `pages.py`. Everything that checksums is one compiled kernel: compiling it five times took a minute.
+The loops are in `pages.py`. All that checksums is one compiled kernel: each more would cost seconds to
+compile.
 """
 
 from __future__ import annotations
@@ -31,20 +32,8 @@ from numpy.typing import NDArray
 from penstock.jit import kernel
 from penstock.pool.atomics import store_fence_nt
 from penstock.pool.checksum import PAGE_BYTES, XXH3_BLOCK_BYTES, table_root
-from penstock.pool.pages import (
-    NOWHERE,
-    STREAMING,
-    Sums,
-    Way,
-    address_of,
-    blocks_of,
-    copy_runs,
-    engine_of,
-    start_of_block,
-    store_kind,
-    walk_hashed,
-    walk_plain,
-)
+from penstock.pool.pages import Sums, Way, copy_runs, start_of_block, walk_hashed, walk_plain
+from penstock.pool.sides import NOWHERE, STREAMING, address_of, blocks_of, engine_of, store_kind
 from penstock.pool.vector import STRIPE
 
 __all__ = ["gather", "gather_verified", "scatter", "seal", "verify"]
@@ -76,7 +65,7 @@ def gather(
     segment_bytes: int,
     streaming: bool,
 ) -> None:
-    """Copy the selected segments of `n_blocks` blocks from their slots into the engine's tensors, unverified."""
+    """Copy the selected segments of `n_blocks` blocks from their slots to the engine, unverified."""
     blocks = blocks_of(n_blocks, payload_addrs, segs, segment_bytes)
     engine = engine_of(seg_base, block_index, block_stride, runs, run_stride, segment_bytes, PAGE_BYTES)
     if engine.grain < STRIPE:
@@ -105,13 +94,11 @@ def _checked(
     bad: NDArray[np.uint8],
     streaming: bool,
 ) -> int:
-    """All that computes checksums. Returns the number of bad blocks; writing tasks leave `bad` alone and return 0."""
+    """All that computes checksums. Returns how many blocks are bad; writing tasks leave `bad` alone, return 0."""
     writing = task >= _SEAL
     blocks = blocks_of(n_blocks, payload_addrs, segs, segment_bytes)
     engine = engine_of(seg_base, block_index, block_stride, runs, run_stride, segment_bytes, XXH3_BLOCK_BYTES)
-    sums = Sums(
-        writing, n_segments, address_of(table_addrs), address_of(keys), address_of(roots), address_of(bad)
-    )
+    sums = Sums(writing, n_segments, address_of(table_addrs), address_of(keys), address_of(bad))
     if not writing:
         for i in range(n_blocks):
             root = table_root(start_of_block(blocks, sums, i), table_addrs[i], n_segments)
@@ -155,8 +142,8 @@ def gather_verified(
 ) -> int:
     """`gather`, and check each block's table against its root and each copied segment against the table.
 
-    Sets bad[i] to 1 where a check fails and to 0 where none does; returns how many failed. The bytes of a bad block
-    have reached the engine by then: the caller discards them.
+    Sets bad[i] to 1 where a check fails and to 0 where none does; returns how many failed. The bytes of a bad
+    block have reached the engine by then: the caller discards them.
     """
     return _checked(  # type: ignore[no-any-return]
         _GATHER,
@@ -227,8 +214,8 @@ def scatter(
 ) -> None:
     """Copy the selected segments from the engine into the slots, and write their checksums and the roots.
 
-    The slots are written past the cache. A block may be filled by several calls, a few layers each: roots[i] holds
-    once every segment's checksum has been written.
+    The slots are written past the cache. A block may be filled by several calls, a few layers each: roots[i]
+    holds once every segment's checksum has been written.
     """
     _checked(
         _SCATTER,

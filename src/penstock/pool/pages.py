@@ -1,11 +1,12 @@
-"""The walk of the movement kernels: blocks' selected segments as a stream of pages, eight on their way at once.
+"""The walk of the movement kernels: the selected segments as a stream of pages, eight on their way at once.
 
-Covers the order of pages, where each lies on both sides, runs, and how hashed pages join into checksums. The kernels
-that are called from Python, and the words used here, are in `copies.py`; the loops over bytes in `vector.py`.
+Covers the order of pages, where each lies on both sides, runs, and how hashed pages join into checksums. The
+kernels that are called from Python, and the words used here, are in `copies.py`; the loops over bytes are in
+`vector.py`.
 
-Pages that are next to each other in the stream share a group of eight whether they belong to one segment or to several
-blocks. A group keeps step up to its shortest page; what is left of longer ones, and of a last group that is not full,
-goes one lane at a time.
+Pages that are next to each other in the stream share a group of eight, whether they belong to one segment or
+to several blocks. A group keeps step up to its shortest page; what is left of longer ones, and a last group
+that is not full, goes one lane at a time.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from penstock.pool.checksum import (
     end_xxh3_block,
     secret_address,
 )
+from penstock.pool.sides import NOWHERE, ORDINARY, STREAMING, Blocks, Engine, slot_address
 from penstock.pool.vector import (
     LANES,
     STRIPE,
@@ -48,58 +50,16 @@ from penstock.pool.vector import (
     stream_8,
 )
 
-__all__ = [
-    "NOWHERE",
-    "ORDINARY",
-    "STREAMING",
-    "Blocks",
-    "Engine",
-    "Sums",
-    "Way",
-    "address_of",
-    "blocks_of",
-    "copy_runs",
-    "engine_of",
-    "start_of_block",
-    "store_kind",
-    "walk_hashed",
-    "walk_plain",
-]
+__all__ = ["Sums", "Way", "copy_runs", "start_of_block", "walk_hashed", "walk_plain"]
 
-# How a page's bytes are stored: not at all, through the cache, past it.
-NOWHERE, ORDINARY, STREAMING = 0, 1, 2
-
-# The lanes' table on the stack, as byte offsets. Per lane a word each: the page's address in its slot; what to add to a
-# position in the page to get its address in the engine's current run; the position where that run ends; the page's
-# length. Then eight 8-byte accumulators per lane. Then the running checksum of the segment whose pages are being
-# retired, and what its block's checksums start from.
+# The lanes' table on the stack, as byte offsets. Per lane a word each: the page's address in its slot; what
+# to add to a position in the page to get its address in the engine's current run; the position where that run
+# ends; the page's length. Then eight 8-byte accumulators per lane. Then the running checksum of the segment
+# whose pages are being retired, and what its block's checksums start from.
 _ENGINE, _RUN_END, _LENGTH, _STATE = 64, 128, 192, 256
 _RUNNING = _STATE + LANES * STRIPE
 _BLOCK = _RUNNING + 8
 _TABLE_WORDS = (_BLOCK + 8) // 8
-
-
-class Blocks(NamedTuple):
-    """The pool's side of one call, and how its segments are cut. Arrays are addresses: helpers count no references."""
-
-    n_blocks: int
-    payload_addrs: int
-    n_segs: int
-    segs: int
-    segment_bytes: int
-    n_pages: int
-    last_bytes: int
-
-
-class Engine(NamedTuple):
-    """The engine's side. `grain` is the most bytes a lane may move at once without crossing into the next run."""
-
-    seg_base: int
-    block_index: int
-    block_stride: int
-    run_bytes: int
-    run_gap: int
-    grain: int
 
 
 class Way(NamedTuple):
@@ -116,13 +76,7 @@ class Sums(NamedTuple):
     n_segments: int
     table_addrs: int
     keys: int
-    roots: int
     bad: int
-
-
-@inline_kernel
-def address_of(array: np.ndarray) -> int:
-    return np.int64(array.ctypes.data)
 
 
 @inline_kernel
@@ -174,7 +128,7 @@ def _place(
 ) -> None:
     """Put page `page` of segment segs[j] of block `i` into a lane."""
     offset = page * PAGE_BYTES
-    slot = load_i64(blocks.payload_addrs + 8 * i) + load_i64(blocks.segs + 8 * j) * blocks.segment_bytes
+    slot = slot_address(blocks, i, j)
     at = table + 8 * lane
     store_i64(at, slot + offset)
     store_i64(at + _LENGTH, blocks.last_bytes if page == blocks.n_pages - 1 else PAGE_BYTES)
@@ -198,6 +152,14 @@ def _shortest(table: int) -> int:
     for lane in range(1, LANES):
         shortest = min(shortest, load_i64(table + _LENGTH + 8 * lane))
     return shortest
+
+
+@inline_kernel
+def _longest(table: int) -> int:
+    longest = load_i64(table + _LENGTH)
+    for lane in range(1, LANES):
+        longest = max(longest, load_i64(table + _LENGTH + 8 * lane))
+    return longest
 
 
 @inline_kernel
@@ -242,7 +204,7 @@ def walk_plain(blocks: Blocks, engine: Engine, store: int) -> None:
 def _hashed_range(
     table: int, state: int, lanes: int, begin: int, end: int, engine: Engine, way: Way, secret: int
 ) -> None:
-    """Hash (and move) bytes `begin` to `end` of the pages of `lanes` lanes; a page's last stripe is not among them."""
+    """Hash (and move) bytes `begin` to `end` of `lanes` pages; a page's last stripe is not among them."""
     while begin < end:
         n_bytes = min(engine.grain - (begin & (engine.grain - 1)), end - begin)
         within = begin & (XXH3_BLOCK_BYTES - 1)
@@ -265,6 +227,9 @@ def _hashed_pages(table: int, lanes: int, engine: Engine, way: Way, secret: int)
     if lanes == LANES:
         done = _shortest(table) - STRIPE
         _hashed_range(table, state, LANES, 0, done, engine, way, secret)
+        if done + STRIPE == _longest(table):
+            _hashed_turns(LANES, way, table, done, 1, state, secret + LAST_STRIPE_SECRET)
+            return
     for lane in range(lanes):
         at, own = table + 8 * lane, state + STRIPE * lane
         last = load_i64(at + _LENGTH) - STRIPE
@@ -280,7 +245,7 @@ def start_of_block(blocks: Blocks, sums: Sums, i: int) -> np.uint64:
 
 @inline_kernel
 def _retire(table: int, lane: int, blocks: Blocks, sums: Sums, number: int, secret: int) -> None:
-    """Take hashed page `number` of the call into its segment's checksum; at the segment's end write or compare it.
+    """Take a hashed page into its segment's checksum; at the segment's end write or compare it.
 
     Pages are retired in order, so one running checksum (and its block's start) is enough.
     """
@@ -347,47 +312,3 @@ def copy_runs(blocks: Blocks, engine: Engine, to_engine: bool) -> None:
                 else:
                     copy_bytes(near + at, far, engine.run_bytes)
                 far += engine.run_bytes + engine.run_gap
-
-
-@inline_kernel
-def blocks_of(n_blocks: int, payload_addrs: np.ndarray, segs: np.ndarray, segment_bytes: int) -> Blocks:
-    n_pages = max(1, segment_bytes // PAGE_BYTES)
-    last_bytes = segment_bytes - (n_pages - 1) * PAGE_BYTES
-    return Blocks(
-        n_blocks,
-        address_of(payload_addrs),
-        segs.shape[0],
-        address_of(segs),
-        segment_bytes,
-        n_pages,
-        last_bytes,
-    )
-
-
-@inline_kernel
-def engine_of(
-    seg_base: np.ndarray,
-    block_index: np.ndarray,
-    block_stride: int,
-    runs: int,
-    run_stride: int,
-    segment_bytes: int,
-    most: int,
-) -> Engine:
-    run_bytes, gap, grain = segment_bytes, 0, most
-    if runs > 1:
-        run_bytes = segment_bytes // runs
-        gap = run_stride - run_bytes
-        if gap:
-            # The largest power of two that divides the run.
-            grain = min(most, run_bytes & -run_bytes)
-    return Engine(address_of(seg_base), address_of(block_index), block_stride, run_bytes, gap, grain)
-
-
-@inline_kernel
-def store_kind(engine: Engine, n_segs: int, streaming: bool) -> int:
-    """How to store into the engine: past the cache only if every piece starts at a multiple of 64."""
-    low = engine.block_stride | engine.run_gap
-    for j in range(n_segs):
-        low |= load_i64(engine.seg_base + 8 * j)
-    return STREAMING if streaming and low % STRIPE == 0 else ORDINARY

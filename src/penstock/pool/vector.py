@@ -1,12 +1,12 @@
 """Wide copies and hash turns on raw addresses, as numba intrinsics over LLVM vector types.
 
-A *lane* is one page on its way: a source, a destination and, where it is hashed, eight 64-bit accumulators. A *turn*
-moves the next 128 bytes of every lane. Eight lanes keep enough cache lines in flight to saturate one core's path to
-memory, which one stream does not (0.7 of it), and writing whole lines past the cache saves reading them first.
+A *lane* is one page on its way: a source, a destination and, where it is hashed, eight 64-bit accumulators. A
+*turn* moves the next 128 bytes of every lane. Eight lanes keep enough cache lines in flight to saturate one
+core's path to memory, and writing whole lines past the cache saves reading them first.
 
-Covers only the inner loops. The order of pages is in `copies.py`, the definition of the checksum in `checksum.py`,
-fences are in `atomics.py`. LLVM splits the 512-bit vectors where the machine has narrower ones, so nothing here knows
-an instruction set. Addresses are int64; nothing here checks bounds.
+Covers only the inner loops. The order of pages is in `pages.py`, the definition of the checksum in
+`checksum.py`, fences are in `atomics.py`. LLVM splits the 512-bit vectors where the machine has narrower
+ones, so nothing here knows an instruction set. Addresses are int64; nothing here checks bounds.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ STRIPE = 64
 _I8, _I32, _I64, _I128 = (ir.IntType(bits) for bits in (8, 32, 64, 128))
 _STRIPE = ir.VectorType(_I64, 8)
 # How far ahead of its loads a lane asks for its source. Past a page's end that is the next page, or wasted.
-_AHEAD = 256
+_AHEAD = 512
 
 
 def _splat(value: int) -> ir.Constant:
@@ -73,7 +73,7 @@ def _store_ordinary(builder: Any, value: Any, address: Any) -> None:
 
 
 def _store_streaming(builder: Any, value: Any, address: Any) -> None:
-    """Past the cache. The address must be a multiple of 64: a misaligned one is a segmentation fault on x86."""
+    """Past the cache. The address must be a multiple of 64: another one is a segmentation fault on x86."""
     store = builder.store(value, _vector_at(builder, address), align=STRIPE)
     store.set_metadata("nontemporal", builder.module.add_metadata([_I32(1)]))
 
@@ -86,7 +86,7 @@ def _prefetch(builder: Any, address: Any) -> None:
 
 
 def _accumulate(builder: Any, accumulators: Any, data: Any, secret: Any) -> Any:
-    """One stripe into eight accumulators: XXH3's `accumulate_512` (xxHash specification, "XXH3 on long inputs")."""
+    """One stripe into eight accumulators: the step of XXH3 for long inputs in the xxHash specification."""
     mixed = builder.xor(data, secret)
     product = builder.mul(builder.and_(mixed, _splat(0xFFFFFFFF)), builder.lshr(mixed, _splat(32)))
     swapped = builder.shuffle_vector(data, ir.Constant(_STRIPE, ir.Undefined), _SWAP_PAIRS)
@@ -94,7 +94,7 @@ def _accumulate(builder: Any, accumulators: Any, data: Any, secret: Any) -> Any:
 
 
 class _Turns:
-    """Emits one loop: `lanes` lanes over `n_stripes` stripes, two stripes a turn; optionally hashed or stored."""
+    """Emits one loop: `lanes` lanes over `n_stripes` stripes, two a turn; optionally hashed, optionally stored."""
 
     def __init__(self, lanes: int, hashed: bool, store: Callable[[Any, Any, Any], None] | None) -> None:
         self.lanes = lanes
@@ -187,14 +187,16 @@ def _make_hash(lanes: int, store: Callable[[Any, Any, Any], None] | None) -> Any
     return intrinsic(typer)
 
 
-# Arguments: address of the lanes' source addresses, address of their target addresses, what to add to all of those,
-# stripes to move. Source and target of a lane may not overlap. `copy` goes through the cache; `stream` past it (targets at multiples of 64).
+# Arguments: address of the lanes' source addresses, address of their target addresses, what to add to all of
+# those, stripes to move. Source and target of a lane may not overlap. `copy` goes through the cache, `stream`
+# past it (targets at multiples of 64).
 copy_8 = _make_copy(LANES, _store_ordinary)
 copy_1 = _make_copy(1, _store_ordinary)
 stream_8 = _make_copy(LANES, _store_streaming)
 stream_1 = _make_copy(1, _store_streaming)
-# The same, and the stripes are accumulated: plus the address of the lanes' accumulators (64 bytes a lane, updated) and
-# the address of the secret's bytes for the first stripe. `accumulate` stores nothing and ignores the targets.
+# The same, and the stripes are accumulated: plus the address of the lanes' accumulators (64 bytes a lane,
+# updated) and the address of the secret's bytes for the first stripe. `accumulate` stores nothing and ignores
+# the targets.
 hash_copy_8 = _make_hash(LANES, _store_ordinary)
 hash_copy_1 = _make_hash(1, _store_ordinary)
 hash_stream_8 = _make_hash(LANES, _store_streaming)
@@ -205,7 +207,7 @@ accumulate_1 = _make_hash(1, None)
 
 @intrinsic  # type: ignore[untyped-decorator]
 def scramble(typing_context: Any, state: Any, secret: Any, prime: Any) -> Any:
-    """XXH3's scramble of one lane's accumulators at `state`, with 64 bytes at `secret`: a bijection of each."""
+    """XXH3's scramble of the eight accumulators at `state`, with 64 bytes at `secret`: a bijection of each."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         accumulators = _load_vector(builder, args[0])

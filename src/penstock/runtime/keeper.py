@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.core.brain import Brain
 from penstock.pool import layout
@@ -35,6 +36,8 @@ EVICT_AHEAD = 512
 # ... but never more than this share of what the class could hold.
 EVICT_SHARE = 64
 MAX_NAMES = 100_000
+# How often the keeper tries again to drop a damaged block that a lease holds.
+DAMAGED_RETRY_MS = 100
 
 
 class Keeper:
@@ -60,8 +63,13 @@ class Keeper:
         self._first_lane = 0
         self.opening: set[int] = set()
         """Lanes handed out to clients that have not confirmed yet that they hold the lane's lock."""
+        self.started_ms = self._now()
+        """Uses before this are known by their order only."""
         self._damaged: set[int] = set()
+        self._damaged_again_ms = 0
         self.names: dict[int, str] = {}
+        self.memory_is_coming = False
+        """Whether more memory is being made ready: nothing is evicted meanwhile, writers wait or drop."""
         self._recover()
 
     # ---- start
@@ -178,7 +186,11 @@ class Keeper:
         """Have at least n free slots of a class if the brain and the leases allow it."""
         authority = self.authority
         while authority.n_free(slot_class) < n:
-            if self._fresh_slab(slot_class) or self._evict(slot_class, n - authority.n_free(slot_class)):
+            if self._fresh_slab(slot_class):
+                continue
+            if self.memory_is_coming:
+                return
+            if self._evict(slot_class, n - authority.n_free(slot_class)):
                 continue
             if not self._clear_foreign_slab(slot_class):
                 return
@@ -208,35 +220,44 @@ class Keeper:
         slab = coldest_foreign_slab(self.authority, slot_class)
         if slab is None:
             return False
-        doomed = with_descendants(self.authority, self.authority.slab_blocks(slab), self.brain.facts.resident())
-        for start in range(0, len(doomed), len(self._victims)):
-            part = doomed[start : start + len(self._victims)]
-            self._observe(self.authority.evict(part, Eviction.SLAB))
+        self._evict_with_descendants(self.authority.slab_blocks(slab), Eviction.SLAB)
         if int(self.authority.slab_used()[slab]):
             return False
         return take_fresh_slab(self.authority, slot_class)
 
+    def _evict_with_descendants(self, blocks: npt.NDArray[np.uint32], why: Eviction) -> int:
+        """Evict these blocks and all that continues their chains, except what leases hold and its ancestors."""
+        doomed = with_descendants(self.authority, blocks, self.brain.facts.resident())
+        parents, protected, evicted = self.authority.parents(), np.zeros(self.geometry.n_units, bool), 0
+        for start in range(0, len(doomed), len(self._victims)):
+            part = doomed[start : start + len(self._victims)]
+            part = np.ascontiguousarray(part[~protected[part]])
+            events = self.authority.evict(part, why)
+            for unit in events["unit"][events["kind"] == EventKind.KEPT]:
+                above = int(parents[unit])
+                while above >= 0 and not protected[above]:
+                    protected[above] = True
+                    above = int(parents[above])
+            evicted += int((events["kind"] == EventKind.EVICTED).sum())
+            self._observe(events)
+        return evicted
+
     # ---- damage
 
     def _drop_damaged(self) -> None:
-        """Evict the blocks whose checksums are really wrong, with what continues their chains, once no lease holds them."""
-        for unit in self.authority.take_suspects():
-            if self.authority.is_damaged(int(unit)):
-                self._damaged.add(int(unit))
-        if not self._damaged:
+        """Evict blocks whose checksums are really wrong, with what continues their chains, once no lease holds them."""
+        suspects = self.authority.take_suspects()
+        self._damaged.update(int(unit) for unit in suspects)
+        if not self._damaged or (not len(suspects) and self._now() < self._damaged_again_ms):
             return
-        still = [unit for unit in self._damaged if self.authority.is_damaged(unit)]
-        blocks = np.array(still, np.uint32)
-        doomed = with_descendants(self.authority, blocks, self.brain.facts.resident())
-        evicted = 0
-        for start in range(0, len(doomed), len(self._victims)):
-            events = self.authority.evict(doomed[start : start + len(self._victims)], Eviction.CHECKSUM)
-            evicted += int((events["kind"] == EventKind.EVICTED).sum())
-            self._observe(events)
-        self._damaged = {unit for unit in still if self.authority.is_damaged(unit)}
-        if gone := len(still) - len(self._damaged):
+        self._damaged_again_ms = self._now() + DAMAGED_RETRY_MS
+        self._damaged = {unit for unit in self._damaged if self.authority.is_damaged(unit)}
+        before = len(self._damaged)
+        evicted = self._evict_with_descendants(np.array(sorted(self._damaged), np.uint32), Eviction.CHECKSUM)
+        self._damaged = {unit for unit in self._damaged if self.authority.is_damaged(unit)}
+        if gone := before - len(self._damaged):
             self.authority.count(G_DAMAGED, gone)
-            log.error("%d damaged blocks dropped, %d with what continued their chains", gone, evicted)
+            log.error("%d damaged blocks dropped, with all that continued them: %d", gone, evicted)
 
     # ---- clients
 

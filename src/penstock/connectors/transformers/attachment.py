@@ -41,14 +41,14 @@ class Attachment:
         name: str,
         counters: Counters,
         *,
-        open_pool: Callable[[str], Pool] = penstock.open,
+        open_pool: Callable[[str], Pool] | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         self._pool = pool
         self._owned = pool is None
         self._name = name
         self._counters = counters
-        self._open = open_pool
+        self._open = open_pool or penstock.open
         self._now_s = now_s
         self._lock = threading.Lock()
         self._next_try_s = float("-inf")
@@ -69,7 +69,7 @@ class Attachment:
             if handle is None:
                 try:
                     handle = pool.space(space, label)
-                except (PenstockError, OSError) as error:
+                except Exception as error:  # noqa: BLE001 - the border to the pool, as in `connector.py`
                     return self.failed(error)
                 if len(self._handles) >= _MAX_HANDLES:
                     self._handles.clear()
@@ -83,7 +83,8 @@ class Attachment:
         self._counters.add(f"pool_error.{kind}")
         level = logging.DEBUG if kind in self._told else logging.WARNING
         self._told.add(kind)
-        _log.log(level, "the pool failed, computing instead (said once): %s", error)
+        known = isinstance(error, (PenstockError, OSError))
+        _log.log(level, "the pool failed, computing instead (said once): %s", error, exc_info=not known)
         if isinstance(error, PoolClosed) and self._owned:
             # Ours, closed behind our back: attach anew.
             self._pool = None

@@ -24,8 +24,8 @@ __all__ = ["Counters", "SaveJob", "Saver"]
 
 _log = logging.getLogger("penstock.connector")
 
-# A reservation beyond this only waits longer for grants; smaller ones let other writers in between.
-_BATCH_BLOCKS = 64
+# Slots are granted ahead up to a sixteenth of the pool in all: more at once would come short in small pools.
+_BATCH_BLOCKS = 16
 
 
 class Counters:
@@ -196,8 +196,10 @@ def _store(job: SaveJob, snapshot: Snapshot, n_blocks: int, counters: Counters, 
         stored = job.pool.store(job.handle, keys[first:last], blocks, wait_s=wait_s, intent=job.intent)
         job.n_saved += stored.n_blocks
         counters.add("saved_blocks", stored.n_blocks)
-        if stored.n_blocks == 0:
-            counters.add(f"save_dropped.{Drop(stored.drop).name.lower()}", n_blocks - first)
+        if stored.n_blocks < last - first:
+            # No room within the wait. Going on would push this request's own first blocks out again, the only
+            # ones that nobody uses.
+            counters.add(f"save_dropped.{Drop(stored.drop).name.lower()}", n_blocks - job.n_saved)
             return
 
 

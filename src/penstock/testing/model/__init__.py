@@ -4,6 +4,6 @@ Covers leases, grants, commits, recovery, reclamation and wake-up; `docs/archite
 """
 
 from penstock.testing.model.machine import Explorer, Result
-from penstock.testing.model.scenarios import MUTATIONS, SCENARIOS, UNSOUND, Mutation, explore
+from penstock.testing.model.scenarios import MUTATIONS, REDUNDANT, SCENARIOS, UNSOUND, Mutation, explore
 
-__all__ = ["MUTATIONS", "SCENARIOS", "UNSOUND", "Explorer", "Mutation", "Result", "explore"]
+__all__ = ["MUTATIONS", "REDUNDANT", "SCENARIOS", "UNSOUND", "Explorer", "Mutation", "Result", "explore"]

@@ -77,6 +77,8 @@ def _lease_and_read(pool: Pool, lane: int, key: int, unit: int, generation: int)
     if late:
         yield store(pool.hwm[lane], 1)
     valid = yield from _validate(pool, unit, generation)
+    if pool.has("lock let go while reading"):
+        yield kernel(pool.lock[lane], let_go)
     if valid:
         first = yield load(pool.data[unit][0])
         second = yield load(pool.data[unit][1])
@@ -106,6 +108,8 @@ def writer(pool: Pool, lane: int, keys: tuple[int, ...], *, joins: bool = False,
         kind = COMMIT
         if may_abort:
             kind = yield choose(Option(COMMIT), Option(ABORT))
+        if pool.has("lock let go while filling"):
+            yield kernel(pool.lock[lane], let_go)
         yield store_nt(pool.data[unit][0], key)
         yield store_nt(pool.data[unit][1], key)
         if not pool.has("no sfence"):
@@ -124,6 +128,10 @@ def _join(pool: Pool, lane: int) -> Program:
 
 def take_lock(holder: Value) -> Value | None:
     return 1 if holder == 0 else None
+
+
+def let_go(_held: Value) -> Value:
+    return 0
 
 
 def say_hello(_said: Value) -> Value:

@@ -60,8 +60,7 @@ def _options(pool: Pool, free: tuple[int, ...]) -> Program:
             tail = yield own(pool.commit_tail[lane])
             head = yield own(pool.grant_head[lane])
             options += (Option(("apply", lane), pool.commit_head[lane], tuple(range(tail + 1))),)
-            unproven = pool.has("reclaim without proof") or pool.has("drained before the proof")
-            proof = () if unproven else (1,)
+            proof = () if pool.has("reclaim without proof") else (1,)
             options += (Option(("reclaim", lane), pool.lock[lane], proof),)
             if free and grants_left:
                 options += (Option(("grant", lane), pool.want[lane], tuple(range(head + 1))),)
@@ -92,7 +91,7 @@ def _recover(pool: Pool) -> Program:
         used = yield own(pool.lane_state[lane])
         alive = yield load(pool.lock[lane])
         if used == LANE_USED and not alive:
-            yield from _reclaim(pool, lane)
+            yield from _reclaim(pool, lane, drain=not pool.has("drained before the proof"))
     return (yield from _free_slots(pool))
 
 
@@ -257,20 +256,18 @@ def _evict(pool: Pool, unit: int) -> Program:
     return (unit,)
 
 
-def _reclaim(pool: Pool, lane: int) -> Program:
+def _reclaim(pool: Pool, lane: int, *, drain: bool = True) -> Program:
     """After the proof of death: drain, take back, and open the lane to the next client under a new epoch."""
     freed: tuple[int, ...] = ()
-    if not pool.has("reclaim without draining"):
+    if drain and not pool.has("reclaim without draining"):
         freed = yield from _apply(pool, lane)
-    if pool.has("drained before the proof"):
-        alive = yield load(pool.lock[lane])
-        if alive:
-            return freed
     for unit in range(pool.shape.slots):
         state = yield own(pool.state[unit])
         if state == GRANTED + lane:
             yield store(pool.state[unit], FREE)
             freed += (unit,)
+    # Everything of the lane from COMMIT_TAIL on is zeroed in the order of addresses; a death in between is survived
+    # because entries that are read again are refused by their generation.
     yield store(pool.lease[lane], 0)
     epoch = yield own(pool.epoch[lane])
     for cell in (pool.commit_tail[lane], pool.grant_head[lane], pool.commit_head[lane]):

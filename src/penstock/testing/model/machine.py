@@ -289,7 +289,7 @@ class Explorer:
             if complaint is not None:
                 return successors, complaint
         for index, proc in enumerate(state.procs):
-            if proc.deaths and proc.node != DEAD and self._programs[index].ops[proc.node].kind != END:
+            if proc.deaths and proc.node != DEAD:
                 self._step(state, index, Proc(DEAD, (), (), proc.deaths - 1), successors,
                            self._model.processes[index].on_death, "is killed")
         return successors, None

@@ -1,0 +1,79 @@
+"""The commands and their options; each does its work in a module of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(
+    name="penstock",
+    help="One pool of memory under every inference engine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Name = Annotated[str, typer.Option("--name", "-n", help="The pool's name.")]
+PathOption = Annotated[Path | None, typer.Option("--path", help="The segment's file; default: in /dev/shm, by name.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command()
+def serve(
+    name: Name = "default",
+    size: Annotated[str, typer.Option("--size", help="Bytes, or 512M, 20G; default: what this machine can spare.")] = "",
+    path: PathOption = None,
+    slab: Annotated[str, typer.Option("--slab", help="Slab size; at least the largest block.")] = "",
+    verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+) -> None:
+    """Serve a pool in the foreground, until Ctrl-C. An existing pool goes on with what it holds."""
+    from penstock.cli.serve import serve as run
+
+    run(name, size, path, slab, verbose)
+
+
+@app.command()
+def stat(name: Name = "default", json: AsJson = False) -> None:
+    """Show a pool's size, use, clients and counters."""
+    from penstock.cli.stat import stat as run
+
+    run(name, json)
+
+
+@app.command(name="ls")
+def list_(name: Name = "default", json: AsJson = False) -> None:
+    """List spaces and chains with their ages and hits."""
+    from penstock.cli.ls import ls as run
+
+    run(name, json)
+
+
+@app.command()
+def fsck(
+    name: Name = "default",
+    path: PathOption = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Tables only; do not verify the blocks' bytes.")] = False,
+    json: AsJson = False,
+) -> None:
+    """Check that a pool agrees with itself. Exit status 1 if it does not."""
+    from penstock.cli.fsck import fsck as run
+
+    run(name, path, quick, json)
+
+
+@app.command()
+def rm(name: Name = "default", path: PathOption = None) -> None:
+    """Delete a pool that no keeper serves."""
+    from penstock.cli.rm import rm as run
+
+    run(name, path)
+
+
+@app.command()
+def kick(lane: Annotated[int, typer.Argument(help="The client's lane, as `penstock stat` shows it.")], name: Name = "default") -> None:
+    """Kill a client and take back what it holds."""
+    from penstock.cli.kick import kick as run
+
+    run(name, lane)

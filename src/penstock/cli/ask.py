@@ -1,0 +1,23 @@
+"""Asking a keeper one thing."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from penstock.errors import KeeperError
+from penstock.pool.segment import check_name
+from penstock.pool.wire import Connection, Json, Query
+
+__all__ = ["ask"]
+
+
+def ask(name: str, what: str, argument: int = -1, *, timeout_s: float = 30.0) -> dict[str, Any]:
+    """The keeper's answer to `what`. Raises NoKeeper or KeeperError."""
+    connection = Connection(check_name(name), timeout_s=timeout_s)
+    try:
+        reply, _ = connection.ask(Query(what, argument))
+    finally:
+        connection.close()
+    if not isinstance(reply, Json):
+        raise KeeperError(f"unexpected answer {type(reply).__name__} to {what}")
+    return reply.body

@@ -1,0 +1,190 @@
+"""The keeper's process: bells, control socket, pre-touching, signals, and the loop that puts them around `Keeper.step`.
+
+One thread. It sleeps in `select` until a client rings, a socket speaks, the pre-toucher reports, or a second is over
+(when it looks for clients that died without closing their sockets).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import selectors
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from penstock.errors import KeeperRunning
+from penstock.pool import layout
+from penstock.pool import segment as segments
+from penstock.pool.cells import peek, poke
+from penstock.pool.layout import Geometry
+from penstock.pool.locks import KEEPER_BYTE, ByteLock
+from penstock.pool.wire import socket_path
+from penstock.runtime.guests import Guests
+from penstock.runtime.keeper import Keeper
+
+__all__ = ["Server"]
+
+log = logging.getLogger("penstock.keeper")
+
+# How often the keeper looks for dead clients when nothing wakes it.
+TICK_S = 1.0
+
+
+class Server:
+    """A keeper with its socket. `run` serves until `stop` is called or SIGINT or SIGTERM arrives.
+
+    Raises KeeperRunning if one serves this name or segment already, and SegmentError, NoSpaceLeft or ConfigError for a
+    segment that cannot be used.
+    """
+
+    def __init__(self, name: str, path: Path, geometry: Geometry | None, *, policy: str = "lru") -> None:
+        """Open the segment at `path`, or create it with `geometry` (None: it must be there)."""
+        self.name = segments.check_name(name)
+        self.path = path
+        self._stopping = False
+        # One lock keeps two keepers off one segment, the other off one name; neither file is ever unlinked.
+        self._locks = _lock(segments.lock_path(path), f"a keeper serves {path} already")
+        socket_file = socket_path(name, create=True)
+        self._name_lock = _lock(socket_file.with_suffix(".lock"), f"a keeper named {name!r} runs already; choose a --name")
+        if segments.exists(path) or geometry is None:
+            self.segment = segments.open_existing(path)
+        else:
+            self.segment = segments.create(path, geometry)
+        self.keeper = Keeper(self.segment, self._locks, policy=policy)
+        poke(self.keeper.authority.header(layout.H_KEEPER_PID), os.getpid())
+        self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._selector = selectors.DefaultSelector()
+        self._selector.register(self._bell, selectors.EVENT_READ, "bell")
+        self._listener = _listen(socket_file)
+        self._selector.register(self._listener, selectors.EVENT_READ, "listener")
+        self.guests = Guests(self.keeper, self.path, self._bell, self._selector)
+        self._toucher_rest = b""
+        self._toucher = self._start_toucher()
+        self._next_tick = 0.0
+
+    # ---- the loop
+
+    def run(self) -> None:
+        """Serve until stopped, then leave the segment in order for the next keeper."""
+        with _signals(self.stop):
+            while not self._stopping:
+                self._turn()
+        self.close()
+
+    def stop(self) -> None:
+        """Make `run` return after its present turn. Safe in a signal handler and from another thread."""
+        self._stopping = True
+        os.eventfd_write(self._bell, 1)
+
+    def _turn(self) -> None:
+        waiting = self.keeper.step()
+        self.guests.ring(waiting)
+        asleep = self.keeper.announce_sleep()
+        ready = self._selector.select(max(0.0, self._next_tick - time.monotonic()) if asleep else 0)
+        if asleep:
+            with contextlib.suppress(BlockingIOError):
+                os.eventfd_read(self._bell)
+            self.keeper.announce_awake()
+        for key, _ in ready:
+            if key.data == "listener":
+                self.guests.accept(self._listener)
+            elif key.data == "toucher":
+                self._read_toucher()
+            elif key.data != "bell":
+                self.guests.serve(key.data)
+        if time.monotonic() >= self._next_tick:
+            self._next_tick = time.monotonic() + TICK_S
+            self.keeper.reclaim_dead()
+
+    def close(self) -> None:
+        """Stop serving; the segment stays. Idempotent."""
+        if self._toucher is not None:
+            self._toucher.kill()
+            self._toucher.wait()
+            self._end_toucher()
+        self.keeper.stop()
+        self.guests.close()
+        self._listener.close()
+        self._selector.close()
+        os.close(self._bell)
+        self._locks.close()
+        self._name_lock.close()
+        log.info("stopped; the pool's memory stays at %s (`penstock rm` deletes it)", self.path)
+
+    # ---- memory
+
+    def _start_toucher(self) -> subprocess.Popen[bytes] | None:
+        geometry = self.segment.geometry
+        touched = int(peek(self.keeper.authority.header(layout.H_TOUCHED)))
+        if touched >= geometry.n_slabs * geometry.slab_bytes:
+            return None
+        command = [sys.executable, "-m", "penstock.pool.pretouch", str(self.path), str(geometry.data_offset + touched)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
+        assert process.stdout is not None  # noqa: S101  (PIPE was asked for)
+        self._selector.register(process.stdout, selectors.EVENT_READ, "toucher")
+        self.keeper.memory_is_coming = True
+        return process
+
+    def _read_toucher(self) -> None:
+        if self._toucher is None or self._toucher.stdout is None:
+            return
+        data = os.read(self._toucher.stdout.fileno(), 1 << 16)
+        *lines, self._toucher_rest = (self._toucher_rest + data).split(b"\n")
+        if lines:
+            self.keeper.authority.set_touched(int(lines[-1]) - self.segment.geometry.data_offset)
+        if data:
+            return
+        if self._toucher.wait() != 0:
+            ready = peek(self.keeper.authority.header(layout.H_TOUCHED)) >> 20
+            log.error("%s is full: the pool serves %d MiB of what it was given", self.path.parent, ready)
+        self._end_toucher()
+
+    def _end_toucher(self) -> None:
+        if self._toucher is not None and self._toucher.stdout is not None:
+            self._selector.unregister(self._toucher.stdout)
+            self._toucher.stdout.close()
+            self._toucher = None
+            self.keeper.memory_is_coming = False
+
+
+def _lock(path: Path, refusal: str) -> ByteLock:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = ByteLock(path)
+    if not lock.try_acquire(KEEPER_BYTE):
+        lock.close()
+        raise KeeperRunning(refusal)
+    return lock
+
+
+def _listen(path: Path) -> socket.socket:
+    """The control socket, private to the user. The name's lock is held, so whatever is there is left over."""
+    path.unlink(missing_ok=True)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK)
+    mask = os.umask(0o177)
+    try:
+        listener.bind(os.fspath(path))
+    finally:
+        os.umask(mask)
+    listener.listen(64)
+    return listener
+
+
+@contextlib.contextmanager
+def _signals(stop: object) -> Iterator[None]:
+    """SIGINT and SIGTERM call `stop` meanwhile."""
+    previous = {}
+    for number in (signal.SIGINT, signal.SIGTERM):
+        previous[number] = signal.signal(number, lambda *_: stop())  # type: ignore[operator]
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
