@@ -102,7 +102,7 @@ def main() -> None:
     args.add_argument("--work", type=Path, required=True)
     args.add_argument("--out", type=Path, required=True)
     args.add_argument("--threads", type=int, default=1)
-    args.add_argument("--long-windows", type=int, default=8)
+    args.add_argument("--long-windows", type=int, default=6)
     options = args.parse_args()
     torch.set_num_threads(options.threads)
     model: Any = LlamaForCausalLM.from_pretrained(options.out, dtype=torch.bfloat16)
@@ -116,6 +116,7 @@ def main() -> None:
         "trained_tokens": log[-1]["tokens"],
         "trained_s": log[-1]["time_s"],
         "heldout": perplexity(model, tokenizer, tokens),
+        "long_windows": options.long_windows,
         "perplexity_by_position": by_position(model, tokens, options.long_windows),
         "prefill_3000_tokens_s": {f"{n}_threads": prefill_seconds(model, tokens, 3000, n) for n in (1, 2)},
         "samples": [sample(model, tokenizer, p) for p in PROMPTS],

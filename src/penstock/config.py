@@ -37,9 +37,9 @@ def default_size(folder: Path) -> int:
     size = min(int(memory_limit_bytes() * SHARE), shm) // (16 << 20) * (16 << 20)
     if size < MIN_POOL_BYTES:
         raise NoSpaceLeft(
-            f"{folder} can take {shm >> 20} MiB and memory {int(memory_limit_bytes() * SHARE) >> 20} MiB, too little for a "
-            "pool. Enlarge it (`docker run --shm-size=...`, `mount -o remount,size=... /dev/shm`), or give a --path on "
-            "another file system and a --size."
+            f"{folder} can take {shm >> 20} MiB and memory {int(memory_limit_bytes() * SHARE) >> 20} MiB, too little "
+            "for a pool. Enlarge it (`docker run --shm-size=...`, `mount -o remount,size=... /dev/shm`), or give a "
+            "--path on another file system and a --size."
         )
     return size
 

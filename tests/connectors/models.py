@@ -75,9 +75,7 @@ def make_prompt(n_tokens: int, *, seed: int = 1) -> list[int]:
 def alone(model: PreTrainedModel, prompt: list[int], n_tokens: int) -> list[int]:
     """What plain transformers generates, greedily."""
     ids = torch.tensor([prompt])
-    output = model.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False
-    )
+    output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n_tokens, do_sample=False)
     tokens: list[int] = output[0, len(prompt) :].tolist()
     return tokens
 

@@ -58,9 +58,7 @@ def test_another_connector_of_equal_weights_hits(connect: Connect, llama: PreTra
 
 
 @pytest.mark.parametrize(("n_tokens", "hit"), [(1, 0), (16, 0), (17, 16), (32, 16), (33, 32)])
-def test_at_least_one_token_is_computed(
-    connect: Connect, llama: PreTrainedModel, n_tokens: int, hit: int
-) -> None:
+def test_at_least_one_token_is_computed(connect: Connect, llama: PreTrainedModel, n_tokens: int, hit: int) -> None:
     connector = connect(llama)
     prompt = make_prompt(n_tokens)
     greedy(connector, prompt)
@@ -118,9 +116,7 @@ def test_what_the_pool_has_is_not_stored_again(connect: Connect, llama: PreTrain
 
 
 @pytest.mark.parametrize(("least", "hit"), [(64, 64), (65, 0)])
-def test_a_hit_below_the_minimum_is_not_loaded(
-    connect: Connect, llama: PreTrainedModel, least: int, hit: int
-) -> None:
+def test_a_hit_below_the_minimum_is_not_loaded(connect: Connect, llama: PreTrainedModel, least: int, hit: int) -> None:
     connector = connect(llama)
     prompt = make_prompt(100)
     greedy(connector, prompt[:65])
@@ -129,9 +125,7 @@ def test_a_hit_below_the_minimum_is_not_loaded(
     assert result.tokens == alone(llama, prompt, 8)
 
 
-def test_one_log_line_a_request(
-    connect: Connect, llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_one_log_line_a_request(connect: Connect, llama: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
     connector = connect(llama)
     prompt = make_prompt(100)
     greedy(connector, prompt)
@@ -204,9 +198,7 @@ def test_save_takes_the_models_own_cache(connect: Connect, llama: PreTrainedMode
         assert torch.equal(own.values[:, :, :48], other.values)
 
 
-def test_blocks_are_laid_out_as_documented(
-    connect: Connect, pool: penstock.Pool, llama: PreTrainedModel
-) -> None:
+def test_blocks_are_laid_out_as_documented(connect: Connect, pool: penstock.Pool, llama: PreTrainedModel) -> None:
     connector = connect(llama)
     ids = torch.tensor([make_prompt(40)])
     loaded = connector.load(ids)
@@ -223,9 +215,7 @@ def test_blocks_are_laid_out_as_documented(
         assert torch.equal(raw[index, 1], layer.values[0, :, 16:32])
 
 
-def test_requests_that_do_not_fit_one_plain_cache_are_refused(
-    connect: Connect, llama: PreTrainedModel
-) -> None:
+def test_requests_that_do_not_fit_one_plain_cache_are_refused(connect: Connect, llama: PreTrainedModel) -> None:
     connector = connect(llama)
     prompt = make_prompt(20)
     mask = torch.ones(1, 20, dtype=torch.long)
@@ -264,8 +254,6 @@ def test_training_mode_is_refused_at_the_request(connect: Connect) -> None:
         connector.generate(make_prompt(20), 4)
 
 
-def test_token_ids_beyond_the_vocabulary_are_the_models_error(
-    connect: Connect, llama: PreTrainedModel
-) -> None:
+def test_token_ids_beyond_the_vocabulary_are_the_models_error(connect: Connect, llama: PreTrainedModel) -> None:
     with pytest.raises(IndexError):
         connect(llama).generate([VOCAB], 2, do_sample=False)

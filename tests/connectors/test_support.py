@@ -90,9 +90,7 @@ REFUSED: dict[str, tuple[str, Callable[[], PreTrainedModel]]] = {
     ),
     "alternating": (
         "sliding-window",
-        lambda: Gemma2ForCausalLM(
-            Gemma2Config(**ROPE, num_key_value_heads=2, head_dim=16, sliding_window=32)
-        ).eval(),
+        lambda: Gemma2ForCausalLM(Gemma2Config(**ROPE, num_key_value_heads=2, head_dim=16, sliding_window=32)).eval(),
     ),
     "chunked": ("chunked", llama4),
     "qwen-window": (

@@ -79,9 +79,7 @@ def test_decoding_is_the_inverse_of_encoding() -> None:
 
 def test_what_was_said_and_what_happened_is_recorded() -> None:
     brain = Brain(8, 2)
-    said = Committed(
-        5, None, 1, priority=-(2**31), space=4, session=2**63 + 1, tenant=6, deadline_ms=7, ttl_ms=8
-    )
+    said = Committed(5, None, 1, priority=-(2**31), space=4, session=2**63 + 1, tenant=6, deadline_ms=7, ttl_ms=8)
     brain.observe(encode([said]), 2**33 + 1.9)
     assert brain.facts.rows[5].item() == (1, 1, NO_UNIT, 0, 0, 0, 2**33 + 1)
     assert brain.facts.intents[5].item() == (-(2**31), 4, 2**63 + 1, 6, 7, 8)

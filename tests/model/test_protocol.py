@@ -1,4 +1,4 @@
-"""The protocol holds in every scenario, and each part of it is needed: taking it away is found, with a trace."""
+"""The protocol holds everywhere, and each part of it is needed: a missing one is found with a trace."""
 
 from __future__ import annotations
 
@@ -31,10 +31,12 @@ def test_each_part_is_needed(mutation: Mutation) -> None:
 
 
 @pytest.mark.parametrize(
-    "mutation", [mutation for mutation in MUTATIONS if not mutation.behind], ids=lambda mutation: mutation.name
+    "mutation",
+    [mutation for mutation in MUTATIONS if not mutation.behind],
+    ids=lambda mutation: mutation.name,
 )
 def test_store_buffers_are_what_shows_missing_fences(mutation: Mutation) -> None:
-    """Under sequential consistency a missing fence changes nothing; everything else is found there as well."""
+    """Under sequential consistency a missing fence changes nothing; all else is found there as well."""
     result = explore(mutation.scenario, mutation.name, sequential=True)
     assert (result.complaint is None) == mutation.needs_buffers, str(result)
 

@@ -15,7 +15,7 @@ SIZES = (256, 320, 1024, 1088, 2048, 4096, 4160, 8128, 8192, 12800)
 
 
 class Sealed:
-    """Blocks in one buffer with their tables and roots, sealed; any of it may be damaged before `bad()` is asked."""
+    """Sealed blocks with their tables and roots; any of it may be damaged before `bad()` is asked."""
 
     def __init__(self, n_blocks: int, n_segments: int, segment_bytes: int, seed: int = 0) -> None:
         rng = np.random.default_rng(seed)
@@ -26,9 +26,12 @@ class Sealed:
         self.table_addrs = addresses(self.tables)
         self.keys = rng.integers(0, 2**64, (n_blocks, 2), dtype=np.uint64)
         self.roots = np.zeros(n_blocks, dtype=np.uint64)
-        every = np.arange(n_segments, dtype=np.int64)
-        args = (self.payload_addrs, every, segment_bytes, n_segments, self.table_addrs, self.keys, self.roots)
-        copies.seal(n_blocks, *args)
+        self.seal()
+
+    def seal(self) -> None:
+        every = np.arange(self.n_segments, dtype=np.int64)
+        sums = (self.n_segments, self.table_addrs, self.keys, self.roots)
+        copies.seal(len(self.payload), self.payload_addrs, every, self.segment_bytes, *sums)
 
     def bad(self, segs: list[int] | None = None, n_segments: int | None = None) -> list[int]:
         n_blocks = len(self.payload)
@@ -154,3 +157,37 @@ def test_pages_swapped_within_a_segment_fail() -> None:
     pages = blocks.payload.reshape(3, 4096)
     pages[[0, 1]] = pages[[1, 0]]
     assert blocks.bad() == [1]
+
+
+# The vectors of docs/formats.md: segment_bytes, the table, the root.
+VECTORS = [
+    (256, [0xA4350A18BD56ABAC], 0x57FFC121BB5C1538),
+    (320, [0x18823F0B9F216C05, 0xA980EEE7A47A32C7], 0x562DAC893BB6B506),
+    (4096, [0x8B40ADC19849DEC3], 0xD329B19F164244DA),
+    (4160, [0x3ECFF0A03E2DB5EA, 0xDEB1E60B903EEC91], 0xD47033D04366E1B2),
+    (8192, [0xB2BEBA6ECD1E7108, 0x36C4453623108490], 0xA42205A614635DC7),
+    (12800, [0x7FFCF9F58AACB7BE], 0xA173BF4BC4D44881),
+]
+
+
+@pytest.mark.parametrize(("segment_bytes", "table", "root"), VECTORS)
+def test_the_published_vectors(segment_bytes: int, table: list[int], root: int) -> None:
+    blocks = Sealed(1, len(table), segment_bytes)
+    at = np.arange(segment_bytes)
+    for segment in range(len(table)):
+        blocks.payload[0, segment] = (7 * at + 13 * segment + at // 256) % 256
+    blocks.keys[0] = np.frombuffer(bytes(range(16)), dtype=np.uint64)
+    blocks.seal()
+    assert blocks.tables[0].tolist() == table
+    assert int(blocks.roots[0]) == root
+
+
+def test_place_and_key_are_what_catches_a_swap() -> None:
+    """The pages' digests alone know neither: with only those, swapped layers would pass."""
+    pages = [np.full(4096, layer, dtype=np.uint8).tobytes() for layer in range(2)]
+    digests = {checksum.reference_xxh3_64(page) for page in pages}
+    assert digests == {checksum.reference_xxh3_64(page) for page in reversed(pages)}
+    key = bytes(16)
+    sums = [checksum.reference_segment(page, key, s, 2) for s, page in enumerate(pages)]
+    swapped = [checksum.reference_segment(page, key, s, 2) for s, page in enumerate(reversed(pages))]
+    assert not set(sums) & set(swapped)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import platform
+import signal
+import subprocess
+import sys
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pytest
@@ -25,7 +30,7 @@ def aligned(n_bytes: int, offset: int = 0) -> Bytes:
 
 @dataclass
 class Shape:
-    """One layout of blocks on both sides; the engine's is [segments][runs][blocks][run_bytes] with guard bytes."""
+    """Blocks on both sides; the engine's tensor is [segments][runs][blocks][run_bytes], with guard bytes."""
 
     n_blocks: int
     n_segments: int
@@ -71,12 +76,12 @@ class Shape:
     def fill(self, side: Bytes) -> None:
         side[:] = np.random.default_rng(self.seed + 1).integers(0, 256, len(side), dtype=np.uint8)
 
-    def move_args(self, segs: NDArray[np.int64]) -> tuple[object, ...]:
+    def move_args(self, segs: NDArray[np.int64]) -> tuple[Any, ...]:
         bases = (self.engine.ctypes.data + segs * self.segment_stride).astype(np.int64)
         near = (self.n_blocks, self.payload_addrs, segs, bases, self.block_index)
         return (*near, self.block_stride, self.runs, self.run_stride, self.segment_bytes)
 
-    def sums_args(self) -> tuple[object, ...]:
+    def sums_args(self) -> tuple[Any, ...]:
         return (self.n_segments, self.table_addrs, self.keys, self.roots)
 
     def expected_engine(self, segs: NDArray[np.int64], before: Bytes) -> Bytes:
@@ -90,10 +95,19 @@ class Shape:
         self.engine = live
         return after
 
+    @property
+    def every(self) -> NDArray[np.int64]:
+        return np.arange(self.n_segments, dtype=np.int64)
+
+    def gather_verified(self, segs: NDArray[np.int64], streaming: bool) -> int:
+        return copies.gather_verified(*self.move_args(segs), *self.sums_args(), self.bad, streaming)
+
+    def scatter(self, segs: NDArray[np.int64]) -> None:
+        copies.scatter(*self.move_args(segs), *self.sums_args())
+
     def seal(self) -> None:
-        every = np.arange(self.n_segments, dtype=np.int64)
-        args = (self.n_blocks, self.payload_addrs, every, self.segment_bytes)
-        copies.seal(*args, *self.sums_args())  # type: ignore[arg-type]
+        args = (self.n_blocks, self.payload_addrs, self.every, self.segment_bytes)
+        copies.seal(*args, *self.sums_args())
 
     def assert_reference_checksums(self) -> None:
         for i in range(self.n_blocks):
@@ -145,26 +159,28 @@ def test_gather_moves_exactly_the_selected_bytes(shape: Shape, mask: int, stream
 @settings(max_examples=150, deadline=None)
 @given(shapes(), st.integers(0, 15), st.booleans())
 def test_gather_verified_moves_the_same_and_passes(shape: Shape, mask: int, streaming: bool) -> None:
-    shape.fill(shape.slots) shape.seal() segs = subset(shape, mask) expected = shape.expected_engine(segs,
-    shape.engine) n_bad = copies.gather_verified(*shape.move_args(segs), *shape.sums_args(), shape.bad,
-    streaming)  # type: ignore[arg-type] assert n_bad == 0 assert not shape.bad.any()
+    shape.fill(shape.slots)
+    shape.seal()
+    segs = subset(shape, mask)
+    expected = shape.expected_engine(segs, shape.engine)
+    assert shape.gather_verified(segs, streaming) == 0
+    assert not shape.bad.any()
     np.testing.assert_array_equal(shape.engine, expected)
 
 
 @settings(max_examples=100, deadline=None)
 @given(shapes())
-def test_scatter_is_the_inverse_of_gather_and_matches_the_reference(shape: Shape) -> None:
+def test_scatter_is_the_inverse_of_gather_and_touches_nothing_else(shape: Shape) -> None:
     shape.fill(shape.engine)
     engine = shape.engine.copy()
     untouched = shape.slots.copy()
-    every = np.arange(shape.n_segments, dtype=np.int64)
-    copies.scatter(*shape.move_args(every), *shape.sums_args())  # type: ignore[arg-type]
+    shape.scatter(shape.every)
     for i in range(shape.n_blocks):
         for segment in range(shape.n_segments):
             runs = [shape.run(i, segment, run) for run in range(shape.runs)]
             np.testing.assert_array_equal(shape.slot(i, segment), np.concatenate(runs))
             shape.slot(i, segment)[:] = GUARD
-    np.testing.assert_array_equal(shape.slots, untouched)  # nothing beside the blocks
+    np.testing.assert_array_equal(shape.slots, untouched)
     np.testing.assert_array_equal(shape.engine, engine)
 
 
@@ -172,8 +188,7 @@ def test_scatter_is_the_inverse_of_gather_and_matches_the_reference(shape: Shape
 @given(shapes())
 def test_scatter_and_seal_write_the_reference_checksums(shape: Shape) -> None:
     shape.fill(shape.engine)
-    every = np.arange(shape.n_segments, dtype=np.int64)
-    copies.scatter(*shape.move_args(every), *shape.sums_args())  # type: ignore[arg-type]
+    shape.scatter(shape.every)
     shape.assert_reference_checksums()
     shape.tables[:], shape.roots[:] = 0, 0
     shape.seal()
@@ -183,13 +198,18 @@ def test_scatter_and_seal_write_the_reference_checksums(shape: Shape) -> None:
 @pytest.mark.parametrize("offset", range(64))
 def test_every_alignment_of_the_engine(offset: int) -> None:
     shape = Shape(n_blocks=3, n_segments=2, segment_bytes=4096 * 3 + 64, engine_offset=offset)
-    shape.fill(shape.slots) shape.seal() every = np.arange(2, dtype=np.int64) expected =
-    shape.expected_engine(every, shape.engine) copies.gather(*shape.move_args(every), True)
-    np.testing.assert_array_equal(shape.engine, expected) shape.engine[:] = GUARD assert
-    copies.gather_verified(*shape.move_args(every), *shape.sums_args(), shape.bad, True) == 0  # type:
-    ignore[arg-type] np.testing.assert_array_equal(shape.engine, expected) before = shape.slots.copy() roots =
-    shape.roots.copy() shape.roots[:] = 0 copies.scatter(*shape.move_args(every), *shape.sums_args())  # type:
-    ignore[arg-type] np.testing.assert_array_equal(shape.slots, before)
+    shape.fill(shape.slots)
+    shape.seal()
+    expected = shape.expected_engine(shape.every, shape.engine)
+    copies.gather(*shape.move_args(shape.every), True)
+    np.testing.assert_array_equal(shape.engine, expected)
+    shape.engine[:] = GUARD
+    assert shape.gather_verified(shape.every, True) == 0
+    np.testing.assert_array_equal(shape.engine, expected)
+    slots, roots = shape.slots.copy(), shape.roots.copy()
+    shape.roots[:] = 0
+    shape.scatter(shape.every)
+    np.testing.assert_array_equal(shape.slots, slots)
     np.testing.assert_array_equal(shape.roots, roots)
 
 
@@ -198,27 +218,54 @@ def test_one_aligned_segment_does_not_make_a_misaligned_one_stream() -> None:
     shape = Shape(n_blocks=9, n_segments=2, segment_bytes=4096)
     shape.fill(shape.slots)
     other = aligned(shape.segment_stride, 8)
-    bases = np.array([shape.engine.ctypes.data, other.ctypes.data], dtype=np.int64)
-    args = list(shape.move_args(np.array([0, 1], dtype=np.int64)))
-    args[3] = bases
+    args = list(shape.move_args(shape.every))
+    args[3] = np.array([shape.engine.ctypes.data, other.ctypes.data], dtype=np.int64)
     copies.gather(*args, True)
     for i in range(shape.n_blocks):
         at = int(shape.block_index[i]) * shape.block_stride
         np.testing.assert_array_equal(other[at : at + 4096], shape.slot(i, 1))
 
 
+@pytest.mark.skipif(platform.machine() not in {"x86_64", "AMD64"}, reason="other machines store anywhere")
+def test_streaming_into_a_misaligned_target_would_be_a_segmentation_fault() -> None:
+    """What the alignment check guards against: the same store without the check kills the process."""
+    source = """
+import sys, numba, numpy as np
+from penstock.pool.vector import stream_1
+
+@numba.njit("void(int64, int64)")
+def move(sources, targets):
+    stream_1(sources, targets, 0, 2)
+
+memory = np.zeros(4096, dtype=np.uint8)
+start = memory.ctypes.data + -memory.ctypes.data % 64
+for offset in (0, 16):
+    words = np.array([start, start + 1024 + offset])
+    move(words.ctypes.data, words.ctypes.data + 8)
+    print("moved", offset, flush=True)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.stdout == "moved 0\n", done.stderr
+    assert done.returncode == -signal.SIGSEGV
+
+
 def test_scatter_layer_by_layer_gives_the_same_root() -> None:
     shape = Shape(n_blocks=2, n_segments=3, segment_bytes=1024)
     shape.fill(shape.engine)
     for segment in (2, 0, 1):
-        segs = np.array([segment], dtype=np.int64)
-        copies.scatter(*shape.move_args(segs), *shape.sums_args())  # type: ignore[arg-type]
+        shape.scatter(np.array([segment], dtype=np.int64))
     shape.assert_reference_checksums()
 
 
 def test_no_blocks_and_no_segments_are_allowed() -> None:
-    shape = Shape(n_blocks=1, n_segments=1, segment_bytes=256) shape.fill(shape.slots) shape.seal() before =
-    shape.engine.copy() none = np.zeros(0, dtype=np.int64) copies.gather(*shape.move_args(none), True) assert
-    copies.gather_verified(*shape.move_args(none), *shape.sums_args(), shape.bad, True) == 0  # type:
-    ignore[arg-type] every = np.arange(1, dtype=np.int64) copies.gather(0, *shape.move_args(every)[1:], True)
+    shape = Shape(n_blocks=1, n_segments=1, segment_bytes=256)
+    shape.fill(shape.slots)
+    shape.seal()
+    before = shape.engine.copy()
+    none = np.zeros(0, dtype=np.int64)
+    copies.gather(*shape.move_args(none), True)
+    assert shape.gather_verified(none, True) == 0
+    copies.gather(0, *shape.move_args(shape.every)[1:], True)
     np.testing.assert_array_equal(shape.engine, before)

@@ -23,7 +23,7 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 @app.command()
 def serve(
     name: Name = "default",
-    size: Annotated[str, typer.Option("--size", help="Bytes, or 512M, 20G; default: what this machine can spare.")] = "",
+    size: Annotated[str, typer.Option("--size", help="Bytes, or 512M, 20G; default: what can be spared.")] = "",
     path: PathOption = None,
     slab: Annotated[str, typer.Option("--slab", help="Slab size; at least the largest block.")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
@@ -72,7 +72,9 @@ def rm(name: Name = "default", path: PathOption = None) -> None:
 
 
 @app.command()
-def kick(lane: Annotated[int, typer.Argument(help="The client's lane, as `penstock stat` shows it.")], name: Name = "default") -> None:
+def kick(
+    lane: Annotated[int, typer.Argument(help="The client's lane, as `penstock stat` shows it.")], name: Name = "default"
+) -> None:
     """Kill a client and take back what it holds."""
     from penstock.cli.kick import kick as run
 

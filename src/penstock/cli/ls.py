@@ -24,7 +24,9 @@ def ls(name: str, json: bool) -> None:
         spaces.add_column(column)
     for row in report["spaces"]:
         size = f"{row['block_bytes'] / 1024:g} KiB"
-        spaces.add_row(str(row["id"]), row["label"], row["digest"][:16], size, str(row["block_tokens"]), str(row["blocks"]))
+        spaces.add_row(
+            str(row["id"]), row["label"], row["digest"][:16], size, str(row["block_tokens"]), str(row["blocks"])
+        )
     console.print(spaces)
     shown, total = len(report["chains"]), report["n_chains"]
     chains = Table(title=f"Chains ({shown} of {total}, newest first)", title_justify="left")

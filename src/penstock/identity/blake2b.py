@@ -149,9 +149,7 @@ def _pack_tokens(words: Words, tokens: npt.NDArray[np.uint32], first: int, count
 
 
 @kernel("void(uint32[::1], uint64[::1], uint64[::1], int64, uint64[:, ::1])")
-def chain_kernel(
-    tokens: npt.NDArray[np.uint32], parent: Words, state: Words, block_tokens: int, keys: Words
-) -> None:
+def chain_kernel(tokens: npt.NDArray[np.uint32], parent: Words, state: Words, block_tokens: int, keys: Words) -> None:
     """Fill `keys` (n, 2) with the keys of the first n blocks of `tokens`, the first one the child of `parent`
     (2,).
 

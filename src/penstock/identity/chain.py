@@ -169,9 +169,7 @@ class KeyChain:
         merged = dict(merged)
         for block, extra in extras.items():
             if not _is_extra(extra):
-                raise ConfigError(
-                    f"extras[{block}] must be non-empty bytes: leave blocks without an extra out"
-                )
+                raise ConfigError(f"extras[{block}] must be non-empty bytes: leave blocks without an extra out")
             if block < self.end_block:
                 raise ConfigError(
                     f"extras[{block}]: the chain's next block is {self.end_block}. Extras are named by the "
@@ -217,9 +215,7 @@ class KeyChain:
         part = KeyChain.__new__(KeyChain)
         parent = self[first - 1] if first else self.parent
         keys = self.array[first : max(first, stop)]
-        part.__setstate__(
-            (self.space, parent, self.start_block + first, keys, np.empty(0, dtype=np.uint32), {})
-        )
+        part.__setstate__((self.space, parent, self.start_block + first, keys, np.empty(0, dtype=np.uint32), {}))
         return part
 
     def __getstate__(self) -> _State:
@@ -256,17 +252,13 @@ def _as_u32(token_ids: TokenIds) -> TokenArray:
     if hasattr(token_ids, "__array__"):
         ids = np.asarray(token_ids)
         if ids.ndim != 1 or ids.dtype.kind not in "iu":
-            raise ConfigError(
-                f"token ids must be a flat row of integers, not {ids.dtype} of shape {ids.shape}"
-            )
+            raise ConfigError(f"token ids must be a flat row of integers, not {ids.dtype} of shape {ids.shape}")
         _check_range(ids)
         tokens = ids.astype(np.uint32, copy=False)
         # Kernels are compiled for contiguous, aligned, writable arrays.
         return tokens if tokens.flags.carray else tokens.copy()
     if isinstance(token_ids, (str, bytes, bytearray)):
-        raise ConfigError(
-            f"token ids must be integers, not {type(token_ids).__name__}: tokenize the text first"
-        )
+        raise ConfigError(f"token ids must be integers, not {type(token_ids).__name__}: tokenize the text first")
     row = token_ids if isinstance(token_ids, (list, tuple)) else list(token_ids)
     try:
         return np.frombuffer(array("I", row), dtype=np.uint32)
@@ -293,9 +285,7 @@ def _check_range(ids: npt.NDArray[Any]) -> None:
     )
 
 
-def _fill(
-    out: KeyArray, tokens: TokenArray, parent: Key, block_tokens: int, extras: dict[int, bytes]
-) -> None:
+def _fill(out: KeyArray, tokens: TokenArray, parent: Key, block_tokens: int, extras: dict[int, bytes]) -> None:
     """Write the keys of the first len(out) blocks of `tokens`; `extras` by row of `out`."""
     at = 0
     for row in sorted(extras):

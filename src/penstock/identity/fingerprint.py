@@ -68,9 +68,7 @@ def weights_digest(paths: Iterable[str | os.PathLike[str]], *, cache: DigestCach
     given = [Path(path) for path in paths]
     files = {os.fsencode(path.name): path for path in given}
     if not files or len(files) != len(given):
-        raise ConfigError(
-            f"{len(given)} weight files of {len(files)} names: pass at least one, each name once"
-        )
+        raise ConfigError(f"{len(given)} weight files of {len(files)} names: pass at least one, each name once")
     cache = DigestCache() if cache is None else cache
     names = sorted(files)
     with ThreadPoolExecutor(_threads(len(names))) as pool:
@@ -161,9 +159,7 @@ def _canonical(value: Any, where: str) -> Any:
         return {key: _canonical(item, f"{where}.{key}") for key, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_canonical(item, f"{where}[{index}]") for index, item in enumerate(value)]
-    raise ConfigError(
-        f"{where}={value!r} has no canonical form: pass a string or finite number, or ignore its key"
-    )
+    raise ConfigError(f"{where}={value!r} has no canonical form: pass a string or finite number, or ignore its key")
 
 
 def join_digests(*digests: str) -> str:
@@ -229,9 +225,7 @@ class DigestCache:
                 return before.st_size, bytes.fromhex(known)
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=32)).digest()
             if _identity(os.fstat(file.fileno())) != identity:
-                raise RuntimeError(
-                    f"{path} changed while it was read: try again when its download or update is done"
-                )
+                raise RuntimeError(f"{path} changed while it was read: try again when its download or update is done")
         if self.now_ns() - max(before.st_mtime_ns, before.st_ctime_ns) > _RACY_NS:
             self._new[identity] = digest.hex()
         return before.st_size, digest

@@ -119,9 +119,7 @@ class Space:
 def _check_scales(dtype: str, kv_scales: str) -> None:
     if dtype in _UNQUANTISED:
         if kv_scales:
-            raise ConfigError(
-                f"kv_scales={kv_scales!r} with the unquantised dtype {dtype}: leave kv_scales empty"
-            )
+            raise ConfigError(f"kv_scales={kv_scales!r} with the unquantised dtype {dtype}: leave kv_scales empty")
         return
     if kv_scales in {UNIT_SCALES, INLINE_SCALES} or _DIGEST.fullmatch(kv_scales):
         return
@@ -160,9 +158,7 @@ class _Text:
         if value == "" and self.optional:
             return
         if len(value) > MAX_TEXT_BYTES or not self.pattern.fullmatch(value):
-            raise ConfigError(
-                f"{name}={value[:80]!r}: expected {self.expects}, at most {MAX_TEXT_BYTES} characters"
-            )
+            raise ConfigError(f"{name}={value[:80]!r}: expected {self.expects}, at most {MAX_TEXT_BYTES} characters")
 
     def pack(self, value: str) -> bytes:
         return value.encode("ascii")
@@ -215,9 +211,7 @@ class _Salt:
         if not isinstance(value, bytes):
             raise ConfigError(f"{name} must be bytes, not {type(value).__name__}")
         if len(value) > MAX_TENANT_BYTES:
-            raise ConfigError(
-                f"{name} has {len(value)} bytes, at most {MAX_TENANT_BYTES} are allowed: pass a digest"
-            )
+            raise ConfigError(f"{name} has {len(value)} bytes, at most {MAX_TENANT_BYTES} are allowed: pass a digest")
 
     def pack(self, value: bytes) -> bytes:
         return bytes(value)

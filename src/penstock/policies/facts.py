@@ -178,9 +178,7 @@ class Facts:
         for column, members in ((COUNT_RESIDENT, resident), (COUNT_PICKED, picked)):
             counted = np.bincount(classes[members], minlength=self.n_classes)
             if not np.array_equal(counted, self.counts[:, column]):
-                raise ConsistencyError(
-                    f"blocks per class are {counted}, but counted as {self.counts[:, column]}"
-                )
+                raise ConsistencyError(f"blocks per class are {counted}, but counted as {self.counts[:, column]}")
         child = np.flatnonzero(resident & (parent != NO_UNIT))
         of = parent[child].astype(np.int64)
         expect_none("parent out of range", of >= self.n_units, child)

@@ -1,1 +1,1 @@
-"""The shared pool: segment, directory, leases, rings, client, and the keeper's side of them. Import what you need from its modules."""
+"""The shared pool: segment, directory, leases, rings, client, and the keeper's side of them."""

@@ -23,17 +23,17 @@ from penstock.pool.keeper_context import (
     Y_LANES,
     Y_MASK,
     Y_MAX_SPACES,
+    Y_MAX_SUSPECTS,
     Y_N_FREE,
     Y_N_GRANTED,
     Y_N_READY,
+    Y_N_SUSPECTS,
     Y_N_UNITS,
     Y_NEXT_FREE,
     Y_OUTSTANDING,
     Y_PARENT,
     Y_RECORDS,
     Y_RING_MASK,
-    Y_MAX_SUSPECTS,
-    Y_N_SUSPECTS,
     Y_SLAB_USED,
     Y_SLABS,
     Y_SPACES,
@@ -112,20 +112,20 @@ _REPEATED = -1
 
 
 @inline_kernel
-def add(cell, by):  # type: ignore[no-untyped-def]
+def add(cell: int, by: int) -> None:
     """Add to a cell that only the keeper writes."""
     store(cell, load(cell) + by)
 
 
 @inline_kernel
-def class_of_unit(ctx, unit):  # type: ignore[no-untyped-def]
+def class_of_unit(ctx: int, unit: int) -> int:
     """The class number of the slab that holds this unit, -1 if none."""
     slab = unit // load(ctx + Y_UNITS_PER_SLAB)
     return load(load(ctx + Y_SLABS) + slab * SLAB_ROW_BYTES + B_CLASS) - 1
 
 
 @inline_kernel
-def free_slot(ctx, unit):  # type: ignore[no-untyped-def]
+def free_slot(ctx: int, unit: int) -> None:
     """State FREE, and onto the private free list of its class. Its generation stays until it is granted again."""
     store_release(load(ctx + Y_RECORDS) + unit * RECORD_BYTES + R_STATE, FREE)
     slot_class = class_of_unit(ctx, unit)
@@ -137,7 +137,7 @@ def free_slot(ctx, unit):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def end_grant(ctx, unit):  # type: ignore[no-untyped-def]
+def end_grant(ctx: int, unit: int) -> None:
     """The grant of this unit is used up, whatever became of it."""
     holder = load(ctx + Y_HOLDER) + 8 * unit
     lane = load(holder) - 1
@@ -147,7 +147,7 @@ def end_grant(ctx, unit):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _room(directory, bucket):  # type: ignore[no-untyped-def]
+def _room(directory: int, bucket: int) -> int:
     free = 0
     for slot in range(BUCKET_ENTRIES):
         if load(directory + bucket * BUCKET_BYTES + 8 * slot) == 0:
@@ -156,7 +156,7 @@ def _room(directory, bucket):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def insert(directory, mask, lo, hi, unit):  # type: ignore[no-untyped-def]
+def insert(directory: int, mask: int, lo: int, hi: int, unit: int) -> int:
     """Enter a key that is not there yet, into the emptier of its two buckets. 1 if done, 0 if both are full."""
     bucket, other = lo & mask, hi & mask
     if _room(directory, other) > _room(directory, bucket):
@@ -170,7 +170,7 @@ def insert(directory, mask, lo, hi, unit):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def remove(directory, mask, lo, hi, unit):  # type: ignore[no-untyped-def]
+def remove(directory: int, mask: int, lo: int, hi: int, unit: int) -> None:
     """Take the entry of this unit out of its key's buckets."""
     bucket = lo & mask
     for _ in range(2):
@@ -182,7 +182,7 @@ def remove(directory, mask, lo, hi, unit):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _refusal(ctx, lane_index, lane, entry):  # type: ignore[no-untyped-def]
+def _refusal(ctx: int, lane_index: int, lane: int, entry: int) -> int:
     """Why this entry's slot is not the client's to commit: a Drop, 0 for none, or _REPEATED."""
     kind, unit, generation = load(entry + C_KIND), load(entry + C_UNIT), load(entry + C_GENERATION)
     if kind != KIND_COMMIT and kind != KIND_ABORT:
@@ -206,7 +206,7 @@ def _refusal(ctx, lane_index, lane, entry):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _objection(ctx, entry, parent_unit):  # type: ignore[no-untyped-def]
+def _objection(ctx: int, entry: int, parent_unit: int) -> int:
     """Why the block itself cannot be taken: a Drop or 0. `parent_unit` is what `_parent` found."""
     space, unit = load(entry + C_SPACE), load(entry + C_UNIT)
     if space < 0 or space >= load(ctx + Y_MAX_SPACES):
@@ -227,7 +227,7 @@ def _objection(ctx, entry, parent_unit):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _parent(ctx, entry):  # type: ignore[no-untyped-def]
+def _parent(ctx: int, entry: int) -> int:
     """The parent's unit; -1 for the first block of a chain, -2 if the parent is not here (or in another space)."""
     space = load(entry + C_SPACE)
     if space < 0 or space >= load(ctx + Y_MAX_SPACES):
@@ -244,7 +244,7 @@ def _parent(ctx, entry):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _fill_record(ctx, entry, record):  # type: ignore[no-untyped-def]
+def _fill_record(ctx: int, entry: int, record: int) -> None:
     """Everything but the state; a reader looks at none of it before the state says READY."""
     store(record + R_KEY, load(entry + C_KEY))
     store(record + R_KEY + 8, load(entry + C_KEY + 8))
@@ -264,7 +264,7 @@ def _fill_record(ctx, entry, record):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _emit(at, kind, unit, parent, slot_class):  # type: ignore[no-untyped-def]
+def _emit(at: int, kind: int, unit: int, parent: int, slot_class: int) -> None:
     store32(at, kind)
     store32(at + _E_UNIT, unit)
     store32(at + _E_PARENT, parent)
@@ -272,7 +272,7 @@ def _emit(at, kind, unit, parent, slot_class):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _apply_one(ctx, entry, at):  # type: ignore[no-untyped-def]
+def _apply_one(ctx: int, entry: int, at: int) -> int:
     """Make a granted slot a READY block. Returns 0 and writes an event at `at`, or returns the Drop."""
     parent = _parent(ctx, entry)
     objection = _objection(ctx, entry, parent)
@@ -299,7 +299,7 @@ def _apply_one(ctx, entry, at):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _note_suspect(ctx, entry):  # type: ignore[no-untyped-def]
+def _note_suspect(ctx: int, entry: int) -> None:
     """A reader found a wrong checksum: remember the slot, for the keeper to verify. Forgotten when the list is full."""
     n, unit = load(ctx + Y_N_SUSPECTS), load(entry + C_UNIT)
     if n < load(ctx + Y_MAX_SUSPECTS) and 0 <= unit < load(ctx + Y_N_UNITS):
@@ -308,7 +308,7 @@ def _note_suspect(ctx, entry):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64, int64, int64, int64)")
-def apply_commits(ctx, lane_index, events, room):  # type: ignore[no-untyped-def]
+def apply_commits(ctx: int, lane_index: int, events: int, room: int) -> int:
     """Apply at most `room` entries of one lane's commit ring. Writes COMMITTED events at address `events`.
 
     Returns events written | entries consumed << 32. The tail moves only after everything is applied and fenced.
@@ -349,7 +349,7 @@ def apply_commits(ctx, lane_index, events, room):  # type: ignore[no-untyped-def
 
 
 @kernel("int64(int64, int64, int64, int64)")
-def take_hits(ctx, lane_index, events, room):  # type: ignore[no-untyped-def]
+def take_hits(ctx: int, lane_index: int, events: int, room: int) -> int:
     """Turn at most `room` hit reports of one lane into TOUCHED events. Returns events written | consumed << 32."""
     lane = load(ctx + Y_LANES) + lane_index * load(ctx + Y_LANE_BYTES)
     ring, mask, records = lane + load(ctx + Y_HITS_AT), load(ctx + Y_RING_MASK), load(ctx + Y_RECORDS)

@@ -8,6 +8,7 @@ come from the mapped segment; nothing here checks bounds.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -15,7 +16,20 @@ from numba import types
 from numba.core import cgutils
 from numba.extending import intrinsic
 
-__all__ = ["fence_full", "load", "load32", "load_acquire", "prefetch", "store", "store32", "store_fence_nt", "store_release"]
+__all__ = [
+    "fence_full",
+    "load",
+    "load32",
+    "load_acquire",
+    "prefetch",
+    "store",
+    "store32",
+    "store_fence_nt",
+    "store_release",
+]
+
+Load = Callable[[int], int]
+Store = Callable[[int, int], None]
 
 _IS_X86 = platform.machine().lower() in {"x86_64", "amd64"}
 
@@ -47,21 +61,18 @@ def _make_store(bits: int, ordering: str) -> Any:
 
 # All cells are int64 in kernels, whatever they mean: numba turns uint64 + int64 into a float.
 # Subscribe: what was written before the matching release store is seen after this load.
-load_acquire = _make_load(64, "acquire")
+load_acquire: Load = _make_load(64, "acquire")
 # Publish: what was written before this store is seen by whoever acquires the value.
-store_release = _make_store(64, "release")
+store_release: Store = _make_store(64, "release")
 # Only atomicity, for cells whose order another load, store or fence already gives.
-load = _make_load(64, "monotonic")
-store = _make_store(64, "monotonic")
+load: Load = _make_load(64, "monotonic")
+store: Store = _make_store(64, "monotonic")
 # The same for 4-byte cells, zero-extended.
-load32 = _make_load(32, "monotonic")
-store32 = _make_store(32, "monotonic")
+load32: Load = _make_load(32, "monotonic")
+store32: Store = _make_store(32, "monotonic")
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def fence_full(typing_context: Any) -> Any:
-    """A full fence: no load after it runs before a store ahead of it (`mfence` on x86, `dmb ish` on Arm)."""
-
+def _fence_full(typing_context: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         builder.fence("seq_cst")
         return context.get_dummy_value()
@@ -69,10 +80,7 @@ def fence_full(typing_context: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def store_fence_nt(typing_context: Any) -> Any:
-    """Order non-temporal stores before the publication that follows; LLVM's release fence does not on x86."""
-
+def _store_fence_nt(typing_context: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if _IS_X86:
             function_type = ir.FunctionType(ir.VoidType(), [])
@@ -85,10 +93,7 @@ def store_fence_nt(typing_context: Any) -> Any:
     return types.void(), codegen
 
 
-@intrinsic  # type: ignore[untyped-decorator]
-def prefetch(typing_context: Any, address: Any) -> Any:
-    """Ask for the cache line at `address` to be read soon; never faults."""
-
+def _prefetch(typing_context: Any, address: Any) -> Any:
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         byte_pointer = ir.IntType(8).as_pointer()
         pointer = builder.inttoptr(args[0], byte_pointer)
@@ -99,3 +104,11 @@ def prefetch(typing_context: Any, address: Any) -> Any:
         return context.get_dummy_value()
 
     return types.void(types.int64), codegen
+
+
+# A full fence: no load after it runs before a store ahead of it (`mfence` on x86, `dmb ish` on Arm).
+fence_full: Callable[[], None] = intrinsic(_fence_full)
+# Orders non-temporal stores before the publication that follows; LLVM's release fence does not on x86.
+store_fence_nt: Callable[[], None] = intrinsic(_store_fence_nt)
+# Asks for the cache line at an address to be read soon; never faults.
+prefetch: Callable[[int], None] = intrinsic(_prefetch)

@@ -140,14 +140,15 @@ class Authority:
         for slab in range(self.geometry.n_slabs):
             if peek(self._slab_row(slab)) != 0:
                 self._rebuild_slab(slab)
-        return self._survivors()
+        return self.survivors()
 
     def _rebuild_slab(self, slab: int) -> None:
         # Evicted duplicates are on the free list already; start this slab's part of it afresh.
         pull_free_slab(self.ctx, slab)
         push_free_slab(self.ctx, slab)
 
-    def _survivors(self) -> Survivors:
+    def survivors(self) -> Survivors:
+        """Every block in the segment, as the brain wants to know of it."""
         n = int(self._cells[Y_N_READY // 8])
         units, parents, classes = (np.zeros(n, np.uint32) for _ in range(3))
         stamps = np.zeros(n, np.int64)
@@ -260,7 +261,8 @@ class Authority:
 
     def stamps(self, units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
         """When blocks were last used, on the keeper's own counter."""
-        return self.records()[units, layout.R_STAMP // 8]
+        stamps: npt.NDArray[np.uint64] = self.records()[units, layout.R_STAMP // 8]
+        return stamps
 
     def has_grants(self, slab: int) -> bool:
         units = self.geometry.units_per_slab
@@ -300,7 +302,7 @@ class Authority:
         return self._private["parent"]
 
     def records(self) -> npt.NDArray[np.uint64]:
-        """All slot records as words, (n_units, 16). Only the keeper writes them, so the keeper may read them plainly."""
+        """All slot records as words, (n_units, 16). Only the keeper writes them, so it may read them plainly."""
         start = self.geometry.records_offset
         raw = self.mapping.array[start : start + self.geometry.n_units * layout.RECORD_BYTES]
         return raw.view(np.uint64).reshape(-1, layout.RECORD_BYTES // 8)

@@ -7,26 +7,26 @@ from penstock.pool.atomics import fence_full, load_acquire, store_release
 
 
 @kernel("int64(int64)")
-def peek(address):  # type: ignore[no-untyped-def]
+def peek(address: int) -> int:
     """Acquire one u64 cell (as a signed number)."""
     return load_acquire(address)
 
 
 @kernel("void(int64, int64)")
-def poke(address, value):  # type: ignore[no-untyped-def]
+def poke(address: int, value: int) -> None:
     """Release one u64 cell."""
     store_release(address, value)
 
 
 @kernel("void(int64, int64)")
-def poke_and_fence(address, value):  # type: ignore[no-untyped-def]
+def poke_and_fence(address: int, value: int) -> None:
     """Store one u64 cell, then fence fully."""
     store_release(address, value)
     fence_full()
 
 
 @kernel("void(int64, int64)")
-def clear(address, n_bytes):  # type: ignore[no-untyped-def]
+def clear(address: int, n_bytes: int) -> None:
     """Zero n_bytes (a multiple of 8)."""
     for offset in range(0, n_bytes, 8):
         store_release(address + offset, 0)

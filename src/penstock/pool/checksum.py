@@ -147,7 +147,7 @@ def _reference_merge(lanes: list[int], length: int) -> int:
 
 
 def reference_segment(data: bytes, key: bytes, index: int, n_segments: int) -> int:
-    """The checksum of segment `index` (bytes `data`) of a block with 16-byte `key`. Slow: for tests and tools."""
+    """The checksum of segment `index` (bytes `data`) of a block with 16-byte `key`. Slow: for tests."""
     state = _absorb(_block(key, len(data), n_segments), index + 1)
     at = 0
     for length in page_lengths(len(data)):

@@ -96,7 +96,7 @@ class Pool:
         self._handles: dict[bytes, SpaceHandle] = {}
         self._names: dict[int, str] = {}
         self._last_reserve = 0.0
-        self._on_close: list[weakref.finalize] = []
+        self._on_close: list[weakref.finalize[..., object]] = []
         _live_pools.add(self)
 
     # ---- spaces
@@ -185,7 +185,9 @@ class Pool:
         lease_handles(at.ctx, cell, i + 1, handles, keys)
         rows = np.zeros((1, COMMIT_BYTES // 8), np.int64)
         rows[0, 0], rows[0, 1], rows[0, 2] = KIND_SUSPECT, handles[i, 0], handles[i, 1]
-        log.warning("pool %s: block %s has a wrong checksum; the engine recomputes it", self.name, keys[i].tobytes().hex())
+        log.warning(
+            "pool %s: block %s has a wrong checksum; the engine recomputes it", self.name, keys[i].tobytes().hex()
+        )
         self._put(at, rows)
 
     # ---- writing

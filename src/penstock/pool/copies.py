@@ -94,7 +94,7 @@ def _checked(
     bad: NDArray[np.uint8],
     streaming: bool,
 ) -> int:
-    """All that computes checksums. Returns how many blocks are bad; writing tasks leave `bad` alone, return 0."""
+    """All that computes checksums. Returns how many blocks are bad; writing tasks leave `bad` alone."""
     writing = task >= _SEAL
     blocks = blocks_of(n_blocks, payload_addrs, segs, segment_bytes)
     engine = engine_of(seg_base, block_index, block_stride, runs, run_stride, segment_bytes, XXH3_BLOCK_BYTES)
@@ -145,7 +145,7 @@ def gather_verified(
     Sets bad[i] to 1 where a check fails and to 0 where none does; returns how many failed. The bytes of a bad
     block have reached the engine by then: the caller discards them.
     """
-    return _checked(  # type: ignore[no-any-return]
+    return _checked(
         _GATHER,
         n_blocks,
         payload_addrs,
@@ -177,7 +177,7 @@ def verify(
     bad: NDArray[np.uint8],
 ) -> int:
     """The checks of `gather_verified` without the copy; with no segments only each table against its root."""
-    return _checked(  # type: ignore[no-any-return]
+    return _checked(
         _VERIFY,
         n_blocks,
         payload_addrs,

@@ -32,6 +32,7 @@ _KEEPER = {
     "lanes_reclaimed": keeper_context.G_RECLAIMED_LANES,
     "slots_reclaimed": keeper_context.G_RECLAIMED_SLOTS,
     "damaged": keeper_context.G_DAMAGED,
+    "brain_rebuilt": keeper_context.G_RELEARNED,
 }
 
 

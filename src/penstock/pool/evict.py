@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.jit import inline_kernel, kernel
 from penstock.pool.apply import EVENT_BYTES, add, class_of_unit, end_grant, free_slot, remove
@@ -63,7 +64,7 @@ VICTIM, HELD = 1, 2
 
 
 @kernel("int64(int64, int64, int64, int64)")
-def grant(ctx, lane_index, slot_class, n):  # type: ignore[no-untyped-def]
+def grant(ctx: int, lane_index: int, slot_class: int, n: int) -> int:
     """Grant up to n free slots of a class to a lane. Returns how many.
 
     The record says GRANTED, with the place in the ring where the grant will be published, before it is published: a
@@ -100,7 +101,7 @@ def grant(ctx, lane_index, slot_class, n):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _scan_lanes(ctx, marks):  # type: ignore[no-untyped-def]
+def _scan_lanes(ctx: int, marks: npt.NDArray[np.uint8]) -> None:
     """Turn VICTIM into HELD for every unit that some lease cell names."""
     n_units = load(ctx + Y_N_UNITS)
     for index in range(load(ctx + Y_N_LANES)):
@@ -119,7 +120,9 @@ def _scan_lanes(ctx, marks):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64, uint32[::1], int64, uint8[::1], int64, int64)")
-def evict(ctx, victims, n, marks, events, why):  # type: ignore[no-untyped-def]
+def evict(
+    ctx: int, victims: npt.NDArray[np.uint32], n: int, marks: npt.NDArray[np.uint8], events: int, why: int
+) -> int:
     """Evict those of n victims (children before parents) that no lease holds; the others stay READY.
 
     `marks` has one zero byte per unit and is zero again afterwards. Writes n EVICTED or KEPT events at `events`, in the
@@ -135,7 +138,7 @@ def evict(ctx, victims, n, marks, events, why):  # type: ignore[no-untyped-def]
     _scan_lanes(ctx, marks)
     evicted = 0
     for i in range(n):
-        unit = np.int64(victims[i])
+        unit: int = np.int64(victims[i])  # type: ignore[assignment]  # numba: uint32 + int64 stays an integer
         record = records + unit * RECORD_BYTES
         held = marks[unit] == HELD
         marks[unit] = 0
@@ -161,7 +164,7 @@ def evict(ctx, victims, n, marks, events, why):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(int64, int64[::1])")
-def free_granted(ctx, units):  # type: ignore[no-untyped-def]
+def free_granted(ctx: int, units: npt.NDArray[np.int64]) -> None:
     """Take back slots whose owner is proven dead, or which were never published."""
     for i in range(units.size):
         end_grant(ctx, units[i])

@@ -74,9 +74,7 @@ def _slabs(
         yield f"unit {unit}: still leaving"
 
 
-def _directory(
-    array: npt.NDArray[np.uint8], geometry: Geometry, records: npt.NDArray[np.uint64]
-) -> Iterator[str]:
+def _directory(array: npt.NDArray[np.uint8], geometry: Geometry, records: npt.NDArray[np.uint64]) -> Iterator[str]:
     """Every entry names a READY block whose key belongs there, and every READY block has exactly one entry."""
     at = geometry.directory_offset
     entries = array[at : at + geometry.n_buckets * layout.BUCKET_BYTES].view(np.uint64).astype(np.int64)

@@ -1,6 +1,6 @@
 """The slots a client holds without having filled them: granted ahead of time, so that a write asks nobody.
 
-How many are wanted ahead follows what was reserved lately; the pool gives back what stays unused (`return_idle_grants`).
+How many are wanted ahead follows what was reserved lately; what stays unused goes back (`Pool.return_idle_grants`).
 """
 
 from __future__ import annotations

@@ -52,6 +52,7 @@ G_TOUCHES = 6
 G_REPEATED = 7
 """Commits that had been applied before a crash."""
 G_DAMAGED = 8
+G_RELEARNED = 9
 G_DROP = 32
 G_EVICTION = 64
 G_DEPARTED = 128

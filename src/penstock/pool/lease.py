@@ -74,8 +74,8 @@ class Lease:
         """Copy blocks of the lease into an engine's tensors; the i-th chosen block to `tensors.block_index[i]`.
 
         Returns how many blocks, from the first chosen one, are good: fewer than were chosen when a checksum was wrong
-        (`miss` is then CHECKSUM, and the keeper is told) or the slot changed (CHANGED); what was copied behind them must
-        not be used. `segments` selects layer segments (all by default); `verify` overrides the pool's default.
+        (`miss` is then CHECKSUM, and the keeper is told) or the slot changed (CHANGED); what was copied behind them
+        must not be used. `segments` selects layer segments (all by default); `verify` overrides the pool's default.
         Raises ValueError when the map does not fit the selection, PoolClosed after a fork or close.
         """
         from penstock.pool.copies import gather, gather_verified

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -118,10 +119,8 @@ class SocketLink:
         poll = select.poll()
         poll.register(self._own_bell, select.POLLIN)
         if poll.poll(max(0, int(timeout_s * 1000 + 0.999))):
-            try:
+            with contextlib.suppress(BlockingIOError):  # another thread took the ring; both look again
                 os.eventfd_read(self._own_bell)
-            except BlockingIOError:
-                pass  # another thread took the ring; both look again
 
     def hung_up(self, timeout_s: float | None, wake_fd: int) -> bool:
         """Wait until the keeper's end closes (True), or `wake_fd` becomes readable or the time is over (False)."""

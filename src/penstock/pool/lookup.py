@@ -19,7 +19,7 @@ ABSENT = -1
 
 
 @inline_kernel
-def first_candidate(directory, mask, lo, hi):  # type: ignore[no-untyped-def]
+def first_candidate(directory: int, mask: int, lo: int, hi: int) -> int:
     """The first unit whose directory entry carries the key's tag, or ABSENT. The record is not looked at."""
     tag = (hi >> 32) & LOW32
     bucket = lo & mask
@@ -34,7 +34,7 @@ def first_candidate(directory, mask, lo, hi):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def ready_generation(record, lo, hi):  # type: ignore[no-untyped-def]
+def ready_generation(record: int, lo: int, hi: int) -> int:
     """The generation under which this record holds the key, or 0.
 
     Generation before state before key. The model found what the other order does: the slot is reused in between, and
@@ -50,7 +50,7 @@ def ready_generation(record, lo, hi):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def find(directory, mask, records, n_units, lo, hi):  # type: ignore[no-untyped-def]
+def find(directory: int, mask: int, records: int, n_units: int, lo: int, hi: int) -> int:
     """The unit whose READY record holds the key, or ABSENT; looks past equal tags of other keys."""
     tag = (hi >> 32) & LOW32
     bucket = lo & mask
@@ -59,8 +59,9 @@ def find(directory, mask, records, n_units, lo, hi):  # type: ignore[no-untyped-
         for slot in range(BUCKET_ENTRIES):
             entry = load_acquire(base + 8 * slot)
             unit = (entry & LOW32) - 1
-            if (entry >> 32) & LOW32 == tag and 0 <= unit < n_units:
-                if ready_generation(records + unit * RECORD_BYTES, lo, hi) != 0:
-                    return unit
+            if (entry >> 32) & LOW32 != tag or unit < 0 or unit >= n_units:
+                continue
+            if ready_generation(records + unit * RECORD_BYTES, lo, hi) != 0:
+                return unit
         bucket = hi & mask
     return ABSENT

@@ -93,9 +93,7 @@ def _plain_turns(lanes: int, store: int, table: int, begin: int, n_stripes: int)
 
 
 @inline_kernel
-def _hashed_turns(
-    lanes: int, way: Way, table: int, begin: int, n_stripes: int, state: int, secret: int
-) -> None:
+def _hashed_turns(lanes: int, way: Way, table: int, begin: int, n_stripes: int, state: int, secret: int) -> None:
     sources, targets = (table, table + _ENGINE) if way.to_engine else (table + _ENGINE, table)
     if lanes == LANES:
         if way.store == STREAMING:
@@ -123,9 +121,7 @@ def _cross_runs(table: int, lanes: int, position: int, engine: Engine) -> None:
 
 
 @inline_kernel
-def _place(
-    table: int, lane: int, blocks: Blocks, engine: Engine, i: int, j: int, page: int, store: int
-) -> None:
+def _place(table: int, lane: int, blocks: Blocks, engine: Engine, i: int, j: int, page: int, store: int) -> None:
     """Put page `page` of segment segs[j] of block `i` into a lane."""
     offset = page * PAGE_BYTES
     slot = slot_address(blocks, i, j)
@@ -134,11 +130,7 @@ def _place(
     store_i64(at + _LENGTH, blocks.last_bytes if page == blocks.n_pages - 1 else PAGE_BYTES)
     if store == NOWHERE:
         return
-    far = (
-        load_i64(engine.seg_base + 8 * j)
-        + load_i64(engine.block_index + 8 * i) * engine.block_stride
-        + offset
-    )
+    far = load_i64(engine.seg_base + 8 * j) + load_i64(engine.block_index + 8 * i) * engine.block_stride + offset
     if engine.run_gap:
         run = offset // engine.run_bytes
         far += run * engine.run_gap
@@ -300,12 +292,8 @@ def copy_runs(blocks: Blocks, engine: Engine, to_engine: bool) -> None:
     """Run by run, for runs that are no whole number of stripes: right, and slow."""
     for i in range(blocks.n_blocks):
         for j in range(blocks.n_segs):
-            near = (
-                load_i64(blocks.payload_addrs + 8 * i) + load_i64(blocks.segs + 8 * j) * blocks.segment_bytes
-            )
-            far = (
-                load_i64(engine.seg_base + 8 * j) + load_i64(engine.block_index + 8 * i) * engine.block_stride
-            )
+            near = load_i64(blocks.payload_addrs + 8 * i) + load_i64(blocks.segs + 8 * j) * blocks.segment_bytes
+            far = load_i64(engine.seg_base + 8 * j) + load_i64(engine.block_index + 8 * i) * engine.block_stride
             for at in range(0, blocks.segment_bytes, engine.run_bytes):
                 if to_engine:
                     copy_bytes(far, near + at, engine.run_bytes)

@@ -2,8 +2,8 @@
 
 A store into a page that tmpfs cannot provide kills the process with SIGBUS, so every page is allocated first, which
 fails with an error instead, and touched, because a first touch costs twenty times a warm copy. A process of its own
-does it in pieces of 2 MiB: from a thread of the keeper it triples the readers' p99 (protocol.md). Nothing here changes a
-byte, so a pre-toucher that outlives its keeper does no harm.
+does it in pieces of 2 MiB: from a thread of the keeper it triples the readers' p99. Nothing here changes a byte, so a
+pre-toucher that outlives its keeper does no harm.
 
 Prints the offset reached after each piece; the keeper reads that and hands out what lies below.
 """

@@ -6,6 +6,9 @@ a slot as leaving, fences fully, and scans the lanes; so either it sees the leas
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from penstock.jit import inline_kernel, kernel
 from penstock.pool.atomics import fence_full, load, load_acquire, prefetch, store, store_release
 from penstock.pool.context import (
@@ -66,14 +69,14 @@ _CHANGED = int(Miss.CHANGED)
 
 
 @inline_kernel
-def bump(lane, counter, by):  # type: ignore[no-untyped-def]
+def bump(lane: int, counter: int, by: int) -> None:
     """Add to one of the lane's counters; the lane has one writer."""
     cell = lane + L_COUNTERS + 8 * counter
     store(cell, load(cell) + by)
 
 
 @inline_kernel
-def _look_up(ctx, keys, n, shape, cell):  # type: ignore[no-untyped-def]
+def _look_up(ctx: int, keys: int, n: int, shape: int, cell: int) -> int:
     """Find up to n keys from `cell` on, into the private twins of free cells. Returns found | reason << 48."""
     directory, mask, records = load(ctx + X_DIRECTORY), load(ctx + X_MASK), load(ctx + X_RECORDS)
     n_units, following = load(ctx + X_N_UNITS), load(ctx + X_NEXT)
@@ -98,7 +101,9 @@ def _look_up(ctx, keys, n, shape, cell):  # type: ignore[no-untyped-def]
         generation = ready_generation(records + unit * RECORD_BYTES, lo, hi)
         if generation == 0:
             held = records + unit * RECORD_BYTES
-            leaving = load(held + R_STATE) & 0xFF == LEAVING and load(held + R_KEY) == lo and load(held + R_KEY + 8) == hi
+            leaving = (
+                load(held + R_STATE) & 0xFF == LEAVING and load(held + R_KEY) == lo and load(held + R_KEY + 8) == hi
+            )
             unit = find(directory, mask, records, n_units, lo, hi)
             if unit < 0:
                 return i | (_BUSY if leaving else _ABSENT) << 48
@@ -115,7 +120,7 @@ def _look_up(ctx, keys, n, shape, cell):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _publish(ctx, cell, n):  # type: ignore[no-untyped-def]
+def _publish(ctx: int, cell: int, n: int) -> int:
     """Write n lease cells, raise the mark up to which the keeper scans, fence. Returns the cell after the last."""
     leases, units, following = load(ctx + X_LEASES), load(ctx + X_UNITS), load(ctx + X_NEXT)
     hwm = load(ctx + X_HWM)
@@ -133,7 +138,7 @@ def _publish(ctx, cell, n):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _validate(ctx, cell, n):  # type: ignore[no-untyped-def]
+def _validate(ctx: int, cell: int, n: int) -> int:
     """How many of n leased blocks, from the first, are still READY under the generation that was found.
 
     State before generation, the other way round than in the lookup: a READY of a later use is seen with its generation.
@@ -152,7 +157,7 @@ def _validate(ctx, cell, n):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _clear(ctx, cell, n):  # type: ignore[no-untyped-def]
+def _clear(ctx: int, cell: int, n: int) -> int:
     """Zero n lease cells. Returns the last of them."""
     leases, following = load(ctx + X_LEASES), load(ctx + X_NEXT)
     at, last = cell, cell
@@ -164,7 +169,7 @@ def _clear(ctx, cell, n):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _report_hits(ctx, cell, n):  # type: ignore[no-untyped-def]
+def _report_hits(ctx: int, cell: int, n: int) -> None:
     """Tell the keeper what was used, in a ring that drops when it is full: recency is worth no wait."""
     lane, mask = load(ctx + X_LANE), load(ctx + X_RING_MASK)
     head = load(ctx + X_HIT_HEAD)
@@ -183,14 +188,14 @@ def _report_hits(ctx, cell, n):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _take(ctx, cell, count):  # type: ignore[no-untyped-def]
+def _take(ctx: int, cell: int, count: int) -> None:
     """Take the first `count` cells off the free list, whose next free cell is `cell`."""
     store(ctx + X_FREE, cell)
     store(ctx + X_N_FREE, load(ctx + X_N_FREE) - count)
 
 
 @kernel("int64(int64, uint64[:, ::1], int64)")
-def match(ctx, key_array, shape):  # type: ignore[no-untyped-def]
+def match(ctx: int, key_array: npt.NDArray[np.uint64], shape: int) -> int:
     """Lease the longest resident prefix of n keys, (n, 2) words.
 
     `shape` is space id | block bytes << 32. Returns head cell | count << 24 | miss reason << 48.
@@ -235,7 +240,7 @@ def match(ctx, key_array, shape):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64, int64[:, ::1], uint64[:, ::1], int64)")
-def adopt(ctx, handle_array, key_array, shape):  # type: ignore[no-untyped-def]
+def adopt(ctx: int, handle_array: npt.NDArray[np.int64], key_array: npt.NDArray[np.uint64], shape: int) -> int:
     """Lease n blocks that another process holds, given as rows of (unit, generation) and of their keys.
 
     Stops at the first one that is no longer what the giver held. Returns the same as `match`.
@@ -276,7 +281,7 @@ def adopt(ctx, handle_array, key_array, shape):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(int64, int64, int64)")
-def release(ctx, head, count):  # type: ignore[no-untyped-def]
+def release(ctx: int, head: int, count: int) -> None:
     """Give back `count` lease cells that start at `head`."""
     if count > 0:
         last = _clear(ctx, head, count)
@@ -285,7 +290,7 @@ def release(ctx, head, count):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64, int64, int64)")
-def skip(ctx, head, count):  # type: ignore[no-untyped-def]
+def skip(ctx: int, head: int, count: int) -> int:
     """The cell `count` places after `head` in a lease."""
     following = load(ctx + X_NEXT)
     for _ in range(count):
@@ -294,6 +299,6 @@ def skip(ctx, head, count):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64, int64, int64)")
-def unchanged(ctx, head, count):  # type: ignore[no-untyped-def]
+def unchanged(ctx: int, head: int, count: int) -> int:
     """How many of a lease's blocks, from the first, still have the generation they were leased under."""
     return _validate(ctx, head, count)

@@ -1,6 +1,9 @@
-"""What a starting keeper does with the segment it finds: the records are the truth, everything else follows from them."""
+"""What a starting keeper does with the segment it finds: records are the truth, everything else follows from them."""
 
 from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
 
 from penstock.jit import inline_kernel, kernel
 from penstock.pool.apply import add, insert
@@ -49,13 +52,13 @@ READY, LEAVING = int(SlotState.READY), int(SlotState.LEAVING)
 
 
 @inline_kernel
-def _slot_unit(ctx, slab, number):  # type: ignore[no-untyped-def]
+def _slot_unit(ctx: int, slab: int, number: int) -> int:
     stride = load(load(ctx + Y_SLABS) + slab * SLAB_ROW_BYTES + B_STRIDE)
     return slab * load(ctx + Y_UNITS_PER_SLAB) + number * stride // load(ctx + Y_UNIT_BYTES)
 
 
 @kernel("void(int64, int64)")
-def push_free_slab(ctx, slab):  # type: ignore[no-untyped-def]
+def push_free_slab(ctx: int, slab: int) -> None:
     """Put every FREE slot of an assigned slab on its class's free list, and count the others as used."""
     row = load(ctx + Y_SLABS) + slab * SLAB_ROW_BYTES
     slot_class = load(row + B_CLASS) - 1
@@ -73,7 +76,7 @@ def push_free_slab(ctx, slab):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(int64, int64)")
-def pull_free_slab(ctx, slab):  # type: ignore[no-untyped-def]
+def pull_free_slab(ctx: int, slab: int) -> None:
     """Take every slot of a slab off its class's free list."""
     slot_class = load(load(ctx + Y_SLABS) + slab * SLAB_ROW_BYTES + B_CLASS) - 1
     link = load(ctx + Y_FREE_HEAD) + 8 * slot_class
@@ -92,7 +95,7 @@ def pull_free_slab(ctx, slab):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64)")
-def settle_records(ctx):  # type: ignore[no-untyped-def]
+def settle_records(ctx: int) -> int:
     """LEAVING becomes READY again; grants are entered in the private columns. Returns the newest stamp of a block."""
     records, newest = load(ctx + Y_RECORDS), 0
     for unit in range(load(ctx + Y_N_UNITS)):
@@ -117,7 +120,7 @@ def settle_records(ctx):  # type: ignore[no-untyped-def]
 
 
 @inline_kernel
-def _entry_is_true(ctx, bucket, entry):  # type: ignore[no-untyped-def]
+def _entry_is_true(ctx: int, bucket: int, entry: int) -> bool:
     unit = (entry & LOW32) - 1
     if unit < 0 or unit >= load(ctx + Y_N_UNITS):
         return False
@@ -129,7 +132,7 @@ def _entry_is_true(ctx, bucket, entry):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64, uint32[::1])")
-def repair_directory(ctx, duplicates):  # type: ignore[no-untyped-def]
+def repair_directory(ctx: int, duplicates: npt.NDArray[np.uint32]) -> int:
     """In place, while readers read: clear entries that say nothing true, enter blocks that are not listed.
 
     A block whose key another unit is listed for already goes into `duplicates` (one place per unit). Returns how many.
@@ -153,7 +156,13 @@ def repair_directory(ctx, duplicates):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64, uint32[::1], uint32[::1], uint32[::1], int64[::1])")
-def list_blocks(ctx, units, parents, classes, stamps):  # type: ignore[no-untyped-def]
+def list_blocks(
+    ctx: int,
+    units: npt.NDArray[np.uint32],
+    parents: npt.NDArray[np.uint32],
+    classes: npt.NDArray[np.uint32],
+    stamps: npt.NDArray[np.int64],
+) -> int:
     """Every READY block with its parent's unit (0xFFFFFFFF for none), class and stamp; fills the parent column."""
     directory, mask, records = load(ctx + Y_DIRECTORY), load(ctx + Y_MASK), load(ctx + Y_RECORDS)
     n_units, count = load(ctx + Y_N_UNITS), 0

@@ -29,7 +29,19 @@ class Reservation:
     the end of the `with` block, or by garbage collection. Not thread-safe.
     """
 
-    __slots__ = ("_at", "_deadline", "_filled", "_generations", "_handle", "_open", "_pins", "_pool", "_roots", "_units", "drop")
+    __slots__ = (
+        "_at",
+        "_deadline",
+        "_filled",
+        "_generations",
+        "_handle",
+        "_open",
+        "_pins",
+        "_pool",
+        "_roots",
+        "_units",
+        "drop",
+    )
 
     def __init__(
         self,
@@ -71,9 +83,7 @@ class Reservation:
         address, size = int(payloads[i]), self._handle.block_bytes
         return self._pins.view(address, size, read_only=False, owner=self, label=f"slot {i}")
 
-    def commit(
-        self, keys: KeyChain, tensors: TensorMap | None = None, *, intent: Intent | None = None
-    ) -> int:
+    def commit(self, keys: KeyChain, tensors: TensorMap | None = None, *, intent: Intent | None = None) -> int:
         """Publish the first len(keys) slots under these keys. Returns how many went into the ring.
 
         With `tensors`, block i is copied from `tensors.block_index[i]` first, checksums fused in; without, the views

@@ -1,4 +1,4 @@
-"""The two sides of a move: the pool's slots and an engine's tensors, as plain numbers for the kernels' helpers.
+"""The two sides of a move: the pool's slots and an engine's tensors, as numbers for the kernels' helpers.
 
 The words are explained in `copies.py`; `pages.py` walks over what is described here.
 """
@@ -51,7 +51,7 @@ class Blocks(NamedTuple):
 
 
 class Engine(NamedTuple):
-    """The engine's side. `grain`: the most bytes a lane may move at once without crossing into the next run."""
+    """The engine's side. `grain`: the most bytes a lane may move at once without crossing a run's end."""
 
     seg_base: int
     block_index: int

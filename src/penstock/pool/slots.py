@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from penstock.jit import inline_kernel, kernel
 from penstock.pool.atomics import load, load_acquire
 from penstock.pool.context import (
@@ -28,13 +31,13 @@ from penstock.pool.layout import (
 
 
 @inline_kernel
-def slot_number(rel_unit, unit_bytes, stride):  # type: ignore[no-untyped-def]
+def slot_number(rel_unit: int, unit_bytes: int, stride: int) -> int:
     """The slot of a slab whose first byte lies in this unit (the caller knows that there is one)."""
     return (rel_unit * unit_bytes + stride - 1) // stride
 
 
 @inline_kernel
-def _payload_and_table(ctx, unit):  # type: ignore[no-untyped-def]
+def _payload_and_table(ctx: int, unit: int) -> tuple[int, int]:
     per_slab = load(ctx + X_UNITS_PER_SLAB)
     slab = unit // per_slab
     row = load(ctx + X_SLABS) + slab * SLAB_ROW_BYTES
@@ -46,7 +49,15 @@ def _payload_and_table(ctx, unit):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(int64, int64, int64, int64[::1], int64[::1], uint64[::1], uint64[:, ::1])")
-def lease_slots(ctx, cell, n, payloads, tables, roots, keys):  # type: ignore[no-untyped-def]
+def lease_slots(
+    ctx: int,
+    cell: int,
+    n: int,
+    payloads: npt.NDArray[np.int64],
+    tables: npt.NDArray[np.int64],
+    roots: npt.NDArray[np.uint64],
+    keys: npt.NDArray[np.uint64],
+) -> None:
     """Addresses, checksum roots and keys of n leased blocks from `cell` on."""
     units, following, records = load(ctx + X_UNITS), load(ctx + X_NEXT), load(ctx + X_RECORDS)
     for i in range(n):
@@ -60,7 +71,7 @@ def lease_slots(ctx, cell, n, payloads, tables, roots, keys):  # type: ignore[no
 
 
 @kernel("void(int64, int64, int64, int64[:, ::1], uint64[:, ::1])")
-def lease_handles(ctx, cell, n, handles, keys):  # type: ignore[no-untyped-def]
+def lease_handles(ctx: int, cell: int, n: int, handles: npt.NDArray[np.int64], keys: npt.NDArray[np.uint64]) -> None:
     """(unit, generation) and key of n leased blocks from `cell` on."""
     units, following, records = load(ctx + X_UNITS), load(ctx + X_NEXT), load(ctx + X_RECORDS)
     generations = load(ctx + X_GENERATIONS)
@@ -75,7 +86,9 @@ def lease_handles(ctx, cell, n, handles, keys):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(int64, int64[::1], int64[::1], int64[::1])")
-def unit_slots(ctx, units, payloads, tables):  # type: ignore[no-untyped-def]
+def unit_slots(
+    ctx: int, units: npt.NDArray[np.int64], payloads: npt.NDArray[np.int64], tables: npt.NDArray[np.int64]
+) -> None:
     """Addresses of slots named by their first units."""
     for i in range(units.size):
         payloads[i], tables[i] = _payload_and_table(ctx, units[i])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from penstock.jit import kernel
 from penstock.pool.atomics import fence_full, load, load_acquire
 from penstock.pool.keeper_context import Y_LANE_BYTES, Y_LANES, Y_N_LANES, Y_OUTSTANDING, Y_RING_MASK
@@ -25,7 +28,7 @@ SURVEY_COLUMNS = 4
 
 
 @kernel("int64(int64, int64[:, ::1])")
-def survey(ctx, rows):  # type: ignore[no-untyped-def]
+def survey(ctx: int, rows: npt.NDArray[np.int64]) -> int:
     """Fill one row per lane: commits waiting, hits waiting, slots wanted and not granted, whether it waits.
 
     Fences first, so that what the keeper published before is seen by whoever is not seen waiting. Returns the number
@@ -48,7 +51,7 @@ def survey(ctx, rows):  # type: ignore[no-untyped-def]
             missing = load(lane + L_WANT + 8 * slot_class) - load(
                 load(ctx + Y_OUTSTANDING) + 8 * (index * N_CLASSES + slot_class)
             )
-            if 0 < missing:
+            if missing > 0:
                 wants += min(missing, most)
         rows[index, V_WANTS] = wants
         if rows[index, V_COMMITS] + rows[index, V_HITS] > 0:
@@ -57,7 +60,7 @@ def survey(ctx, rows):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(int64, int64, int64[::1])")
-def wants_of(ctx, index, out):  # type: ignore[no-untyped-def]
+def wants_of(ctx: int, index: int, out: npt.NDArray[np.int64]) -> None:
     """Slots of each class that one lane wants beyond what it has been granted."""
     lane = load(ctx + Y_LANES) + index * load(ctx + Y_LANE_BYTES)
     most = load(ctx + Y_RING_MASK) + 1

@@ -18,8 +18,8 @@ class TensorMap:
 
     A run has segment_bytes / runs bytes. Paged tensors: one run, block_index = page numbers. A contiguous
     [heads, tokens, dim] cache: runs = heads, run_stride = token capacity * dim * itemsize, block_stride =
-    block_tokens * dim * itemsize, block_index = 0, 1, 2, ... All strides are bytes; the addresses must stay valid while a
-    call that takes the map runs, which `keep_alive` is there for.
+    block_tokens * dim * itemsize, block_index = 0, 1, 2, ... All strides are bytes; the addresses must stay valid while
+    a call that takes the map runs, which `keep_alive` is there for.
     """
 
     seg_base: npt.NDArray[np.int64]

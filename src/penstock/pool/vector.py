@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
@@ -94,7 +95,7 @@ def _accumulate(builder: Any, accumulators: Any, data: Any, secret: Any) -> Any:
 
 
 class _Turns:
-    """Emits one loop: `lanes` lanes over `n_stripes` stripes, two a turn; optionally hashed, optionally stored."""
+    """Emits one loop: `lanes` lanes over `n_stripes` stripes, two a turn; hashed or not, stored or not."""
 
     def __init__(self, lanes: int, hashed: bool, store: Callable[[Any, Any, Any], None] | None) -> None:
         self.lanes = lanes
@@ -105,9 +106,7 @@ class _Turns:
         self, builder: Any, sources: Any, targets: Any, begin: Any, n_stripes: Any, state: Any, secret: Any
     ) -> None:
         source = [self._word(builder, sources, lane, begin) for lane in range(self.lanes)]
-        target = (
-            [self._word(builder, targets, lane, begin) for lane in range(self.lanes)] if self.store else []
-        )
+        target = [self._word(builder, targets, lane, begin) for lane in range(self.lanes)] if self.store else []
         accumulators = []
         for lane in range(self.lanes if self.hashed else 0):
             cell = cgutils.alloca_once(builder, _STRIPE)
@@ -164,9 +163,10 @@ class _Turns:
 
 
 def _make_copy(lanes: int, store: Callable[[Any, Any, Any], None]) -> Any:
-    def typer(typing_context: Any, sources: Any, targets: Any, begin: Any, n_stripes: Any) -> Any:
+    def typer(typing_context: Any, from_: Any, to: Any, at: Any, count: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
-            _Turns(lanes, False, store).emit(builder, *args, None, None)
+            sources, targets, begin, n_stripes = args
+            _Turns(lanes, False, store).emit(builder, sources, targets, begin, n_stripes, None, None)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), codegen
@@ -207,7 +207,7 @@ accumulate_1 = _make_hash(1, None)
 
 @intrinsic  # type: ignore[untyped-decorator]
 def scramble(typing_context: Any, state: Any, secret: Any, prime: Any) -> Any:
-    """XXH3's scramble of the eight accumulators at `state`, with 64 bytes at `secret`: a bijection of each."""
+    """XXH3's scramble of the eight accumulators at `state` with 64 bytes at `secret`: a bijection of each."""
 
     def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         accumulators = _load_vector(builder, args[0])
@@ -295,7 +295,7 @@ def _make_plain_store(numba_type: Any) -> Any:
 
 
 # Plain words, not atomic: scratch on the stack, and memory that a lease or a grant keeps others from writing.
-load_i64 = _make_plain_load(types.int64)
+load_i64: Callable[[int], int] = _make_plain_load(types.int64)
 store_i64 = _make_plain_store(types.int64)
-load_plain_u64 = _make_plain_load(types.uint64)
+load_plain_u64: Callable[[int], np.uint64] = _make_plain_load(types.uint64)
 store_plain_u64 = _make_plain_store(types.uint64)

@@ -1,4 +1,4 @@
-"""The control socket's messages: length-prefixed msgpack, strictly typed, bounded. Rare traffic only, never on the data path.
+"""The control socket's messages: length-prefixed msgpack, strictly typed, bounded. Never on the data path.
 
 A connection is one client's: it says Hello, gets a lane, takes the lane's lock, confirms, and then may ask for spaces.
 Administrative requests need no Hello.
@@ -188,7 +188,7 @@ class Connection:
         except (OSError, msgspec.DecodeError) as error:
             for fd in fds:
                 os.close(fd)
-            raise NoKeeper(f"the keeper did not answer: {error or 'connection closed'}") from error
+            raise NoKeeper(f"the keeper did not answer: {error}") from error
         if isinstance(reply, Error):
             raise KeeperError(reply.text)
         return reply, fds

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import numpy as np
+import numpy.typing as npt
+
 from penstock.jit import kernel
 from penstock.pool.atomics import fence_full, load, load_acquire, store, store_fence_nt, store_release
 from penstock.pool.context import (
@@ -31,11 +34,11 @@ RING_BIT = 1 << 32
 
 
 @kernel("int64(int64, int64[:, ::1])")
-def take_grants(ctx, out):  # type: ignore[no-untyped-def]
+def take_grants(ctx: int, out: npt.NDArray[np.int64]) -> int:
     """Move what the keeper granted into `out` (rows of unit, class, generation). Returns how many."""
     lane, mask, grants = load(ctx + X_LANE), load(ctx + X_RING_MASK), load(ctx + X_GRANTS)
     tail = load(ctx + X_GRANT_TAIL)
-    n = min(load_acquire(lane + L_GRANT_HEAD) - tail, out.shape[0])
+    n = min(load_acquire(lane + L_GRANT_HEAD) - tail, len(out))
     for i in range(n):
         entry = grants + ((tail + i) & mask) * GRANT_BYTES
         word = load(entry)
@@ -48,7 +51,7 @@ def take_grants(ctx, out):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64)")
-def must_ring(ctx):  # type: ignore[no-untyped-def]
+def must_ring(ctx: int) -> int:
     """After a publication: fence, then 1 if the keeper sleeps and this client has not rung for this sleep yet."""
     fence_full()
     sleep = load(load(ctx + X_HEADER) + H_SLEEPING)
@@ -59,7 +62,7 @@ def must_ring(ctx):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64, int64, int64)")
-def publish(ctx, rows, n):  # type: ignore[no-untyped-def]
+def publish(ctx: int, rows: int, n: int) -> int:
     """Put up to n entries (at address `rows`, in the ring's own layout) into the commit ring.
 
     Returns how many found room, | RING_BIT if the keeper must be rung.
@@ -83,13 +86,13 @@ def publish(ctx, rows, n):  # type: ignore[no-untyped-def]
 
 
 @kernel("void(int64, int64, int64)")
-def want(ctx, slot_class, n):  # type: ignore[no-untyped-def]
+def want(ctx: int, slot_class: int, n: int) -> None:
     """State how many unused grants of a class this client would like to hold."""
     store_release(load(ctx + X_LANE) + L_WANT + 8 * slot_class, n)
 
 
 @kernel("int64(int64, int64)")
-def set_waiting(ctx, flag):  # type: ignore[no-untyped-def]
+def set_waiting(ctx: int, flag: int) -> int:
     """Announce (1) or end (0) a wait for the keeper, fence, and return how many grants are there now."""
     lane = load(ctx + X_LANE)
     store_release(lane + L_WAITING, flag)
@@ -98,6 +101,6 @@ def set_waiting(ctx, flag):  # type: ignore[no-untyped-def]
 
 
 @kernel("int64(int64)")
-def unapplied(ctx):  # type: ignore[no-untyped-def]
+def unapplied(ctx: int) -> int:
     """How many published entries the keeper has not applied yet."""
     return load(ctx + X_COMMIT_HEAD) - load_acquire(load(ctx + X_LANE) + L_COMMIT_TAIL)

@@ -74,5 +74,3 @@ class EmbeddedLink:
         if self._segment.fd >= 0:
             os.close(self._segment.fd)
             self._segment.fd = -1
-
-

@@ -1,4 +1,4 @@
-"""The keeper's guests: one connection each, from hello to death. Garbage from one ends that connection and nothing else."""
+"""The keeper's guests: one connection each, from hello to death. Garbage from one ends that connection only."""
 
 from __future__ import annotations
 
@@ -136,7 +136,9 @@ class Guests:
 
     def _hello(self, guest: Guest, hello: Hello) -> Welcome:
         if hello.protocol != PROTOCOL:
-            raise KeeperError(f"protocol {hello.protocol}; this keeper speaks {PROTOCOL}: run the same Penstock on both sides")
+            raise KeeperError(
+                f"protocol {hello.protocol}; this keeper speaks {PROTOCOL}: run the same Penstock on both sides"
+            )
         if guest.lane >= 0:
             raise KeeperError("this connection has a lane already")
         segment = self._keeper.authority.segment
@@ -170,7 +172,7 @@ class Guests:
                     os.eventfd_write(guest.bell, 1)
 
     def _leave(self, guest: Guest) -> None:
-        """A connection ended. Whether its client died, only the lane's lock can say; if so, everything is taken back."""
+        """A connection ended. Whether its client died, only the lane's lock can say; if so, all is taken back."""
         self._guests.discard(guest)
         self._selector.unregister(guest.socket)
         guest.socket.close()
@@ -194,12 +196,17 @@ class Guests:
     def _query(self, query: Query) -> Json:
         if query.what == "kick":
             return Json(self._kick(query.argument))
-        clients = [{"lane": guest.lane, "pid": guest.pid, "name": guest.name} for guest in self._guests if guest.lane >= 0]
+        clients = [
+            {"lane": guest.lane, "pid": guest.pid, "name": guest.name} for guest in self._guests if guest.lane >= 0
+        ]
         if query.what == "stat":
-            return Json(stat_report(self._keeper, clients) | {
-                "connections_refused": self.refused,
-                "requests_failed": self.failed,
-            })
+            return Json(
+                stat_report(self._keeper, clients)
+                | {
+                    "connections_refused": self.refused,
+                    "requests_failed": self.failed,
+                }
+            )
         if query.what == "ls":
             return Json(ls_report(self._keeper))
         if query.what == "fsck":

@@ -13,11 +13,11 @@ from collections.abc import Callable
 import numpy as np
 import numpy.typing as npt
 
-from penstock.core.brain import Brain
+from penstock.core.brain import Brain, ConsistencyError
 from penstock.pool import layout
-from penstock.pool.authority import Authority, Events, SpaceRow
+from penstock.pool.authority import Authority, Events, SpaceRow, Survivors
 from penstock.pool.cells import peek, poke, poke_and_fence
-from penstock.pool.keeper_context import G_DAMAGED
+from penstock.pool.keeper_context import G_DAMAGED, G_RELEARNED
 from penstock.pool.layout import N_CLASSES, LaneState
 from penstock.pool.locks import FIRST_LANE_BYTE, ByteLock
 from penstock.pool.segment import Segment
@@ -77,8 +77,7 @@ class Keeper:
     def _recover(self) -> None:
         started = time.perf_counter()
         authority = self.authority
-        survivors = authority.recover()
-        self.brain.restore(survivors.units, survivors.parents, survivors.classes, survivors.stamps)
+        self._learn(authority.recover())
         for lane in range(self.geometry.n_lanes):
             if authority.lane_state(lane) == LaneState.USED:
                 self._drain(lane)
@@ -129,18 +128,28 @@ class Keeper:
         poke_and_fence(self.authority.header(layout.H_SLEEPING), 0)
 
     def _drain(self, lane: int) -> None:
-        """Take in all hits and commits of a lane. Hits first: they protect what they touched from this step's evictions."""
+        """Take in all hits and commits of a lane; hits first, so that they protect what they touched from evictions."""
         authority = self.authority
         while len(events := authority.touched(lane)):
-            self.brain.observe(events, self._now())
+            self._observe(events)
         before = -1
         while (left := authority.pending(lane)) > 0 and left != before:
             before = left
             self._observe(authority.apply(lane))
 
     def _observe(self, events: Events) -> None:
-        if len(events):
+        """Tell the brain. If it contradicts the segment, the segment is right: the brain learns everything anew."""
+        if not len(events):
+            return
+        try:
             self.brain.observe(events, self._now())
+        except ConsistencyError as error:
+            self.authority.count(G_RELEARNED, 1)
+            log.error("the brain lost track (%s); it is rebuilt from the segment", error)
+            self._learn(self.authority.survivors())
+
+    def _learn(self, survivors: Survivors) -> None:
+        self.brain.restore(survivors.units, survivors.parents, survivors.classes, survivors.stamps)
 
     def _now(self) -> int:
         return time.monotonic_ns() // 1_000_000
@@ -178,7 +187,7 @@ class Keeper:
         return self.geometry.n_slabs * self.authority.shapes[slot_class].slots_per_slab
 
     def grant_limit(self, slot_class: int) -> int:
-        """How many grants of a class may be outstanding: a sixteenth of the pool, but enough for small pools to work."""
+        """How many grants of a class may be outstanding: a sixteenth of the pool, but enough for small pools."""
         slots = self.class_slots(slot_class)
         return max(slots // GRANT_SHARE, min(64, slots // 2), 1)
 
@@ -216,7 +225,7 @@ class Keeper:
         return self.authority.n_free(slot_class) - before
 
     def _clear_foreign_slab(self, slot_class: int) -> bool:
-        """Evict the coldest slab of another class, with what hangs on its blocks, and take it. False if leases forbid."""
+        """Evict the coldest slab of another class, with what hangs on its blocks, and take it, unless leases forbid."""
         slab = coldest_foreign_slab(self.authority, slot_class)
         if slab is None:
             return False
@@ -279,11 +288,11 @@ class Keeper:
         """Drain and take back the lanes whose owners the kernel proves gone. Returns how many."""
         dead = 0
         for lane in range(self.geometry.n_lanes):
-            if self.authority.lane_state(lane) == LaneState.USED and lane not in self.opening:
-                if not self.lane_alive(lane):
-                    self._drain(lane)
-                    self.authority.close_lane(lane)
-                    dead += 1
+            if self.authority.lane_state(lane) != LaneState.USED or lane in self.opening or self.lane_alive(lane):
+                continue
+            self._drain(lane)
+            self.authority.close_lane(lane)
+            dead += 1
         return dead
 
     def lane_is(self, lane: int, epoch: int) -> bool:

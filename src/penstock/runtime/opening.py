@@ -115,7 +115,7 @@ def _map(welcome: Welcome) -> tuple[ByteLock, Attachment]:
 
 
 def _look_after(pool_ref: weakref.ref[Pool], link: SocketLink, client: str, stop: int) -> None:
-    """The client's one background thread: notices that the keeper went, comes back to the next one, returns idle grants.
+    """The client's one background thread: notices that the keeper went, greets the next one, returns idle grants.
 
     Ends with the pool. Sleeps in the kernel; an idle client with no grants wakes for nothing.
     """

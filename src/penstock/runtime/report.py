@@ -76,7 +76,7 @@ def _classes(keeper: Keeper) -> list[dict[str, int]]:
 
 
 def ls_report(keeper: Keeper) -> dict[str, Any]:
-    """Spaces, and their chains by their last blocks: length, age, hits, session, tenant. At most 200 chains, newest first."""
+    """Spaces, and chains by their last blocks: length, age, hits, session, tenant. At most 200 chains, newest first."""
     authority, facts = keeper.authority, keeper.brain.facts
     records = authority.records()
     units = np.flatnonzero((records[:, layout.R_STATE // 8] & np.uint64(0xFF)) == SlotState.READY)
@@ -146,10 +146,14 @@ def _private(keeper: Keeper) -> list[str]:
         mine = np.flatnonzero(slabs == number)
         used = int(authority.slab_used()[mine].sum())
         if used + authority.n_free(number) != len(mine) * shape.slots_per_slab:
-            problems.append(f"class {number}: {used} used and {authority.n_free(number)} free slots in {len(mine)} slabs")
+            problems.append(
+                f"class {number}: {used} used and {authority.n_free(number)} free slots in {len(mine)} slabs"
+            )
     resident = keeper.brain.facts.resident()
     if not np.array_equal(resident, states == SlotState.READY):
-        problems.append(f"{int((resident != (states == SlotState.READY)).sum())} blocks differ between brain and segment")
+        problems.append(
+            f"{int((resident != (states == SlotState.READY)).sum())} blocks differ between brain and segment"
+        )
     try:
         keeper.brain.assert_consistent()
     except PenstockError as error:

@@ -51,7 +51,9 @@ class Server:
         # One lock keeps two keepers off one segment, the other off one name; neither file is ever unlinked.
         self._locks = _lock(segments.lock_path(path), f"a keeper serves {path} already")
         socket_file = socket_path(name, create=True)
-        self._name_lock = _lock(socket_file.with_suffix(".lock"), f"a keeper named {name!r} runs already; choose a --name")
+        self._name_lock = _lock(
+            socket_file.with_suffix(".lock"), f"a keeper named {name!r} runs already; choose a --name"
+        )
         if segments.exists(path) or geometry is None:
             self.segment = segments.open_existing(path)
         else:
@@ -126,7 +128,7 @@ class Server:
             return None
         command = [sys.executable, "-m", "penstock.pool.pretouch", str(self.path), str(geometry.data_offset + touched)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
-        assert process.stdout is not None  # noqa: S101  (PIPE was asked for)
+        assert process.stdout is not None
         self._selector.register(process.stdout, selectors.EVENT_READ, "toucher")
         self.keeper.memory_is_coming = True
         return process
@@ -186,5 +188,3 @@ def _signals(stop: object) -> Iterator[None]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-

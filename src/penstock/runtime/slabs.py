@@ -1,4 +1,4 @@
-"""Which slab serves which slot size: handing out fresh ones, taking back empty ones, and clearing one for another class.
+"""Which slab serves which slot size: fresh ones, empty ones, and one cleared for another class.
 
 Rare work, so it is plain numpy. A slab changes hands only when it holds no block and no grant.
 """
@@ -14,7 +14,7 @@ __all__ = ["coldest_foreign_slab", "take_fresh_slab", "with_descendants"]
 
 
 def take_fresh_slab(authority: Authority, slot_class: int) -> bool:
-    """Give a class an unassigned slab whose memory is ready, or an empty one of another class. False if there is none."""
+    """Give a class an unassigned slab whose memory is ready, or an empty one of another class; False without one."""
     if not 0 <= slot_class < len(authority.shapes):
         return False
     classes = authority.slab_classes()
@@ -49,7 +49,9 @@ def coldest_foreign_slab(authority: Authority, slot_class: int) -> int | None:
     return best
 
 
-def with_descendants(authority: Authority, blocks: npt.NDArray[np.uint32], resident: npt.NDArray[np.bool_]) -> npt.NDArray[np.uint32]:
+def with_descendants(
+    authority: Authority, blocks: npt.NDArray[np.uint32], resident: npt.NDArray[np.bool_]
+) -> npt.NDArray[np.uint32]:
     """Those blocks and every resident block that continues one of their chains, children before parents.
 
     Pointer jumping: after k rounds each block knows about its 2**k nearest ancestors.
@@ -69,5 +71,3 @@ def with_descendants(authority: Authority, blocks: npt.NDArray[np.uint32], resid
     chosen = units[doomed[units]]
     order = np.argsort(-depth[chosen], kind="stable")
     return chosen[order].astype(np.uint32)
-
-

@@ -104,9 +104,7 @@ class PolicyMachine(RuleBasedStateMachine):
     @rule(data=st.data(), slot_class=st.integers(0, N_CLASSES - 1), length=st.integers(1, 6))
     def commit(self, data: st.DataObject, slot_class: int, length: int) -> None:
         free = [unit for unit in range(N_UNITS) if unit not in self.model.parent]
-        under = [
-            u for u, c in self.model.slot_class.items() if c == slot_class and u not in self.model.picked
-        ]
+        under = [u for u, c in self.model.slot_class.items() if c == slot_class and u not in self.model.picked]
         parent = data.draw(st.sampled_from([None, *under]))
         events: list[Event] = []
         for unit in free[:length]:
@@ -130,8 +128,14 @@ class PolicyMachine(RuleBasedStateMachine):
         for batch in (events[:cut], events[cut:]):
             self.tell(batch)
 
-    @rule(slot_class=st.integers(0, N_CLASSES - 1), n=st.integers(0, N_UNITS), exactly=st.booleans())
-    def pick(self, slot_class: int, n: int, exactly: bool) -> None:
+    @rule(
+        data=st.data(),
+        slot_class=st.integers(0, N_CLASSES - 1),
+        n=st.integers(0, N_UNITS),
+        exactly=st.booleans(),
+        then_answer=st.booleans(),
+    )
+    def pick(self, data: st.DataObject, slot_class: int, n: int, exactly: bool, then_answer: bool) -> None:
         out = np.full(N_UNITS, NO_UNIT, np.uint32)
         if exactly and n > self.brain.evictable(slot_class):
             assert self.brain.victims(slot_class, n, out, exactly=True) == 0
@@ -142,16 +146,23 @@ class PolicyMachine(RuleBasedStateMachine):
         self.model.pick(units, slot_class, n)
         assert expected is None or units == expected
         assert (out[found:] == NO_UNIT).all()
+        if then_answer:
+            self.agrees()
+            self.give_answers(data)
 
     @precondition(lambda self: self.model.picked)
     @rule(data=st.data())
     def answer(self, data: st.DataObject) -> None:
+        self.give_answers(data)
+
+    def give_answers(self, data: st.DataObject) -> None:
+        """For everything picked so far, in that order; some of it is held, and what must stay with it stays."""
         picked = self.model.picked
-        held = data.draw(st.lists(st.booleans(), min_size=len(picked), max_size=len(picked)))
+        held = data.draw(st.sets(st.sampled_from(picked), max_size=3)) if picked else set()
         events: list[Event] = []
         kept: set[int] = set()
-        for unit, is_held in zip(picked, held, strict=True):
-            if is_held or any(c in kept or c not in picked for c in self.model.children(unit)):
+        for unit in picked:
+            if unit in held or any(c in kept or c not in picked for c in self.model.children(unit)):
                 kept.add(unit)
             events.append(Kept(unit) if unit in kept else Evicted(unit))
         self.tell(events)

@@ -33,20 +33,14 @@ def check_adapters(model: Any) -> None:
         if getattr(config, "is_prompt_learning", False):
             raise Refused("prompt tuning puts virtual tokens before the first one, which keys do not name")
         if getattr(config, "alora_invocation_tokens", None):
-            raise Refused(
-                "an activated LoRA looks for its invocation in the whole request, also in what was loaded"
-            )
+            raise Refused("an activated LoRA looks for its invocation in the whole request, also in what was loaded")
     if configs and not _tuners(model):
-        raise Refused(
-            "the model has a peft_config but no PEFT layers: its adapter cannot be told from its weights"
-        )
+        raise Refused("the model has a peft_config but no PEFT layers: its adapter cannot be told from its weights")
 
 
 def adapter_stamp(model: Any) -> Stamp:
     """Which adapters of which layers are at work, and at what scale; compared, never stored."""
-    return tuple(
-        (name, tuple(_active(tuner)), _merged(tuner), _scales(tuner)) for name, tuner in _tuners(model)
-    )
+    return tuple((name, tuple(_active(tuner)), _merged(tuner), _scales(tuner)) for name, tuner in _tuners(model))
 
 
 def merged_stamp(model: Any) -> Stamp:
@@ -58,9 +52,7 @@ def split_tensors(model: Any) -> tuple[dict[str, torch.Tensor], dict[str, torch.
     """The model's own parameters and buffers under the names they have without adapters, and the tensors of
     the active adapters. An adapter that is merged lies in the weights and is not listed."""
     owners = {
-        f"{name}.{part}.": (name, part, tuner)
-        for name, tuner in _tuners(model)
-        for part in tuner.adapter_layer_names
+        f"{name}.{part}.": (name, part, tuner) for name, tuner in _tuners(model) for part in tuner.adapter_layer_names
     }
     base: dict[str, torch.Tensor] = {}
     active: dict[str, torch.Tensor] = {}

@@ -114,8 +114,7 @@ class Attachment:
             if not self._warned:
                 self._warned = True
                 _log.warning(
-                    "no pool %r (%s): computing everything until there is one. Start it with: "
-                    "penstock serve --name %s",
+                    "no pool %r (%s): computing everything until there is one. Start it with: penstock serve --name %s",
                     self._name,
                     error,
                     self._name,

@@ -107,9 +107,7 @@ class ReservedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def _check(self, states: torch.Tensor) -> None:
         if states.shape[0] != 1:
-            raise Refused(
-                f"a batch of {states.shape[0]} sequences: this cache holds one. Send one request at a time"
-            )
+            raise Refused(f"a batch of {states.shape[0]} sequences: this cache holds one. Send one request at a time")
         if states.dtype != self.dtype or states.device != self.device:
             raise Refused(
                 f"the model computed keys as {states.dtype} on {states.device}, and did as {self.dtype} on "
@@ -202,9 +200,7 @@ def _check_shape(tensor: torch.Tensor | None, shape: KvShape, layer: int) -> Non
             "one sequence of this connector's model"
         )
     if tensor.dtype != shape.dtype or tensor.device.type != "cpu":
-        raise Refused(
-            f"layer {layer} of the cache holds {tensor.dtype} on {tensor.device}, not {shape.dtype}"
-        )
+        raise Refused(f"layer {layer} of the cache holds {tensor.dtype} on {tensor.device}, not {shape.dtype}")
 
 
 def _walkable(tensor: torch.Tensor) -> bool:

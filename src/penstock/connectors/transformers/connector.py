@@ -236,9 +236,7 @@ class Connector:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _load(
-        self, tokens: list[int], capacity: int, options: RequestOptions
-    ) -> tuple[Loaded, SaveJob | None]:
+    def _load(self, tokens: list[int], capacity: int, options: RequestOptions) -> tuple[Loaded, SaveJob | None]:
         """The loaded cache, and the job that saves what is computed into it."""
         check_mode(self._model)
         cache = ReservedCache(self._shape, _round_up(capacity, self._block_tokens))
@@ -321,9 +319,7 @@ def _one_request(ids: TokenIds, attention_mask: torch.Tensor | None = None) -> l
         if ids.dim() == 2 and ids.shape[0] != 1:
             raise Refused(f"a batch of {ids.shape[0]} sequences: send one request at a time")
         if ids.dim() > 2 or ids.is_floating_point():
-            raise Refused(
-                f"token ids must be integers of shape [n] or [1, n], not {ids.dtype} {list(ids.shape)}"
-            )
+            raise Refused(f"token ids must be integers of shape [n] or [1, n], not {ids.dtype} {list(ids.shape)}")
         ids = ids.reshape(-1).tolist()
     if attention_mask is not None and not bool(attention_mask.bool().all()):
         raise Refused("the attention mask hides tokens: leave padding out, one request needs none")
@@ -337,8 +333,8 @@ def _check_block(block_tokens: int, shape: KvShape) -> None:
     segment_bytes = block_tokens * shape.token_bytes
     if block_tokens < 1 or segment_bytes % _SEGMENT_ALIGN or segment_bytes < _SEGMENT_LEAST:
         raise ConfigError(
-            f"block_tokens={block_tokens} makes layer segments of {segment_bytes} bytes; they must be multiples "
-            f"of {_SEGMENT_ALIGN} of at least {_SEGMENT_LEAST}: choose another number of tokens"
+            f"block_tokens={block_tokens} makes layer segments of {segment_bytes} bytes; they must be "
+            f"multiples of {_SEGMENT_ALIGN} of at least {_SEGMENT_LEAST}: choose another number of tokens"
         )
 
 

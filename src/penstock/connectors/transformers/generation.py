@@ -65,9 +65,7 @@ def check_generation(
     for name in _OURS:
         if name in kwargs:
             raise Refused(f"{name} is the connector's to give: use load() and save() around your own call")
-    tensors = [
-        name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name != "attention_mask"
-    ]
+    tensors = [name for name, value in kwargs.items() if isinstance(value, torch.Tensor) and name != "attention_mask"]
     if tensors:
         raise Refused(f"{', '.join(tensors)}: keys name token ids only, so nothing else may enter the model")
     _check_mask(kwargs.get("attention_mask"), prompt_tokens)

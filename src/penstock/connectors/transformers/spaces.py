@@ -173,11 +173,7 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(item) for key, item in value.items() if key not in _UNRELATED}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    if (
-        value is None
-        or isinstance(value, (bool, int, str))
-        or (isinstance(value, float) and math.isfinite(value))
-    ):
+    if value is None or isinstance(value, (bool, int, str)) or (isinstance(value, float) and math.isfinite(value)):
         return value
     return repr(value)
 
@@ -198,9 +194,7 @@ def _named(model: Any) -> Iterator[torch.Tensor]:
 def _stamp(tensors: Iterable[torch.Tensor]) -> Stamp:
     """Moves when a tensor is replaced or written in place. Tensors made in inference mode count no
     versions."""
-    return tuple(
-        (id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors
-    )
+    return tuple((id(tensor), tensor.data_ptr(), 0 if tensor.is_inference() else tensor._version) for tensor in tensors)
 
 
 class _Bytes(Mapping[str, TensorBytes]):

@@ -9,14 +9,16 @@ Does not cover requests (`connector.py`), nor what makes two models equal (`spac
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import PreTrainedConfig
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from penstock.connectors.transformers.cache import KvShape
 from penstock.errors import Refused
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig  # by this name since transformers 5
 
 __all__ = ["inspect_model", "max_positions", "text_config"]
 
@@ -61,9 +63,7 @@ def inspect_model(model: Any) -> KvShape:
 def check_mode(model: Any) -> None:
     """Refused for a model that is not on the CPU, or that is in training mode. Cheap."""
     if model.training:
-        raise Refused(
-            "the model is in training mode, where dropout makes every pass different: call model.eval()"
-        )
+        raise Refused("the model is in training mode, where dropout makes every pass different: call model.eval()")
     devices = {parameter.device.type for parameter in model.parameters()}
     if devices != {"cpu"}:
         raise Refused(
@@ -86,13 +86,9 @@ def max_positions(model: Any) -> int | None:
 
 def _check_kind(config: Any) -> None:
     if getattr(config, "is_encoder_decoder", False):
-        raise Refused(
-            "an encoder-decoder model: its cache depends on the encoder's input besides the tokens before"
-        )
+        raise Refused("an encoder-decoder model: its cache depends on the encoder's input besides the tokens before")
     if getattr(config, "add_cross_attention", False):
-        raise Refused(
-            "cross-attention: its keys come from another model's states, not from the tokens before"
-        )
+        raise Refused("cross-attention: its keys come from another model's states, not from the tokens before")
 
 
 def _check_rope(rope: Mapping[str, Any]) -> None:
@@ -137,9 +133,7 @@ def _check_layers(cache: Any) -> None:
         if type(layer) is not DynamicLayer:
             name = type(layer).__name__
             reasons = [reason for word, reason in _LAYER_REASONS.items() if word in name.lower()]
-            raise Refused(
-                f"layer {index} keeps a {name}: {'; '.join(reasons) or 'not plain keys and values'}"
-            )
+            raise Refused(f"layer {index} keeps a {name}: {'; '.join(reasons) or 'not plain keys and values'}")
 
 
 def _probe(model: Any, n_tokens: int) -> Any:
@@ -154,9 +148,7 @@ def _probe(model: Any, n_tokens: int) -> Any:
             "space, recurrent) have no blocks"
         )
     if type(cache) is not DynamicCache:
-        raise Refused(
-            f"{type(model).__name__} keeps a {type(cache).__name__}: only a DynamicCache has plain layers"
-        )
+        raise Refused(f"{type(model).__name__} keeps a {type(cache).__name__}: only a DynamicCache has plain layers")
     _check_layers(cache)
     return cache
 

@@ -1,4 +1,4 @@
-"""Clients as programs of the modelled machine: a leasing reader, a copying reader without a lease, a writer."""
+"""Clients as programs of the modelled machine: a leasing reader, one that copies unleased, a writer."""
 
 from __future__ import annotations
 
@@ -25,13 +25,12 @@ from penstock.testing.model.pool import ABORT, COMMIT, LANE_USED, READY, Pool
 
 def reader(pool: Pool, lane: int, key: int, rounds: int = 1) -> Program:
     """Look a key up, lease its slot, validate, read the payload, release. A failed round ends as a miss."""
-    for turn in range(rounds):
+    for _turn in range(rounds):  # this local is what tells the rounds apart
         found = yield from _look_up(pool, key)
         if found is not None:
             unit, generation = found
             yield from _lease_and_read(pool, lane, key, unit, generation)
         found = unit = generation = None
-        turn = turn  # the only local that tells the rounds apart
 
 
 def copying_reader(pool: Pool, key: int) -> Program:
@@ -151,7 +150,7 @@ def _take_grant(pool: Pool, lane: int) -> Program:
 
 
 def _publish(pool: Pool, lane: int, entry: tuple[int, ...]) -> Program:
-    """Entry, then head: from the moment the head is in memory the block is committed and the slot given up."""
+    """Entry, then head: once the head is in memory the block is committed and the slot given up."""
     unit, _generation, _epoch, key, kind = entry
     head = yield own(pool.commit_head[lane])
     if head >= pool.shape.ring:
@@ -168,7 +167,7 @@ def _publish(pool: Pool, lane: int, entry: tuple[int, ...]) -> Program:
 
 
 def death_of(pool: Pool, lane: int) -> Effect:
-    """What the kernel does when the client of a lane dies: the lock and the socket go, and it writes no more."""
+    """What the kernel does when the client of a lane dies: lock and socket go, and it writes no more."""
 
     def no_longer(holder: Value) -> Value:
         return -1 if holder == lane else holder

@@ -1,7 +1,8 @@
-"""The keeper as a program of the modelled machine: recovery, then for ever apply, grant, evict, reclaim, in any order.
+"""The keeper as a program of the modelled machine: recovery, then for ever apply, grant, evict, reclaim, in
+any order.
 
-It always begins with recovery, as the real one does, and every step of that can be its last. `mutations` take parts of
-the protocol away; `scenarios.py` says what each of them must lead to.
+It always begins with recovery, as the real one does, and every step of that can be its last. `mutations`
+take parts of the protocol away; `scenarios.py` says what each of them must lead to.
 """
 
 from __future__ import annotations
@@ -76,7 +77,7 @@ def _options(pool: Pool, free: tuple[int, ...]) -> Program:
 
 
 def _recover(pool: Pool) -> Program:
-    """After any death: repair the directory, drain all rings, reclaim the dead, free what was never published."""
+    """After any death: repair the directory, drain the rings, reclaim the dead, free what is unpublished."""
     for unit in range(pool.shape.slots):
         state = yield own(pool.state[unit])
         if state == LEAVING:
@@ -86,7 +87,7 @@ def _recover(pool: Pool) -> Program:
     if pool.has("recovery grants first"):
         yield from _grant_early(pool)
     for lane in range(pool.shape.lanes):
-        yield from _apply(pool, lane)
+        yield from _apply(pool, lane, serving=False)
     for lane in range(pool.shape.lanes):
         used = yield own(pool.lane_state[lane])
         alive = yield load(pool.lock[lane])
@@ -171,7 +172,7 @@ def _grant(pool: Pool, lane: int, unit: int) -> Program:
         yield store(pool.state[unit], GRANTED + lane)
 
 
-def _apply(pool: Pool, lane: int) -> Program:
+def _apply(pool: Pool, lane: int, *, serving: bool = True) -> Program:
     """Take in a lane's commits; returns the slots that became FREE."""
     tail = yield own(pool.commit_tail[lane])
     head = yield load(pool.commit_head[lane])
@@ -183,7 +184,7 @@ def _apply(pool: Pool, lane: int) -> Program:
     for sequence in range(tail, head):
         entry = yield load(pool.commits[lane][sequence % pool.shape.ring])
         freed += yield from _apply_entry(pool, lane, entry)
-    if pool.has("eviction and grant before the tail"):
+    if serving and pool.has("eviction and grant before the tail"):
         freed = yield from _reuse_early(pool, freed)
     yield fence
     yield store(pool.commit_tail[lane], head)
@@ -260,14 +261,14 @@ def _reclaim(pool: Pool, lane: int, *, drain: bool = True) -> Program:
     """After the proof of death: drain, take back, and open the lane to the next client under a new epoch."""
     freed: tuple[int, ...] = ()
     if drain and not pool.has("reclaim without draining"):
-        freed = yield from _apply(pool, lane)
+        freed = yield from _apply(pool, lane, serving=False)
     for unit in range(pool.shape.slots):
         state = yield own(pool.state[unit])
         if state == GRANTED + lane:
             yield store(pool.state[unit], FREE)
             freed += (unit,)
-    # Everything of the lane from COMMIT_TAIL on is zeroed in the order of addresses; a death in between is survived
-    # because entries that are read again are refused by their generation.
+    # Everything of the lane from COMMIT_TAIL on is zeroed in the order of addresses; a death in between is
+    # survived because entries that are read again are refused by their generation.
     yield store(pool.lease[lane], 0)
     epoch = yield own(pool.epoch[lane])
     for cell in (pool.commit_tail[lane], pool.grant_head[lane], pool.commit_head[lane]):

@@ -1,8 +1,8 @@
 """The cells of a modelled pool: a few slots, lanes and keys, with the names they have in `pool/layout.py`.
 
-What is several words in the segment is one cell here only where the protocol orders it as one: a ring entry (written
-before the head that publishes it) and a record's (epoch, stamp) (written before the state). Generation, state, key and
-each half of a payload are cells of their own, because their order matters.
+What is several words in the segment is one cell here only where the protocol orders it as one: a ring entry
+(written before the head that publishes it) and a record's (epoch, stamp) (written before the state).
+Generation, state, key and each half of a payload are cells of their own, because their order matters.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ class Shape:
     granted: tuple[int, ...] = ()
     """Lanes that the following slots are granted to at the start, published and not yet taken."""
     reader_lanes: tuple[int, ...] = ()
-    """Lanes whose leases the keeper scans; the others never lease, so scanning them would only cost states."""
+    """Lanes whose leases the keeper scans; the others never lease, and scanning them would cost states."""
 
 
 class Pool:
@@ -109,7 +109,7 @@ class Pool:
         return None
 
     def nothing_lost(self, memory: Memory, status: tuple[str, ...]) -> str | None:
-        """Where all is quiet and the keeper lives: no commit is lost or applied twice, no slot leaks, the directory is true."""
+        """At rest: no commit is lost or applied twice, no slot leaks, the directory is true."""
         if status[0] == "dead":
             return None
         return self._commits_complaint(memory) or self._slots_complaint(memory) or self._directory_complaint(memory)
@@ -144,13 +144,13 @@ class Pool:
         return memory[self.holder[unit]] == lane or (unit, memory[self.generation[unit]]) in in_ring
 
     def _directory_complaint(self, memory: Memory) -> str | None:
-        listed = {}
+        listed: dict[int, int] = {}
         for key in range(1, self.shape.keys):
             entry = memory[self.directory[key]]
             if entry:
                 listed[entry - 1] = key
         for unit in range(self.shape.slots):
-            key = memory[self.key[unit]] if memory[self.state[unit]] == READY else None
-            if listed.get(unit) != key:
-                return f"slot {unit} has key {key} and the directory says {listed.get(unit)}"
+            held = memory[self.key[unit]] if memory[self.state[unit]] == READY else None
+            if listed.get(unit) != held:
+                return f"slot {unit} has key {held} and the directory says {listed.get(unit)}"
         return None

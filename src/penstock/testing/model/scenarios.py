@@ -1,6 +1,7 @@
 """What is explored: the scenarios, and for each part of the protocol a mutation that takes it away.
 
-`python -m penstock.testing.model` explores all of it and prints a table; with a mutation's name it prints the trace.
+`python -m penstock.testing.model` explores all of it and prints a table; with a mutation's name it prints
+the trace.
 """
 
 from __future__ import annotations
@@ -10,8 +11,9 @@ from dataclasses import dataclass
 
 from penstock.testing.model import sleep
 from penstock.testing.model.clients import copying_reader, death_of, reader, writer
+from penstock.testing.model.explorer import Explorer, Result
 from penstock.testing.model.keeper import keeper
-from penstock.testing.model.machine import Explorer, Model, Process, Result
+from penstock.testing.model.machine import Model, Process
 from penstock.testing.model.pool import Pool, Shape
 
 Build = Callable[[frozenset[str]], Model]
@@ -30,7 +32,7 @@ class Mutation:
 
 
 def lease(mutations: frozenset[str], *, rounds: int = 1, deaths: int = 0, reader_deaths: int = 0) -> Model:
-    """One slot with key 1: a leasing reader of key 1, a keeper that evicts it, a writer that refills it with key 2."""
+    """One slot with key 1: a reader of key 1, a keeper that evicts it, a writer to refill it with key 2."""
     pool = Pool(Shape(slots=1, lanes=2, keys=3, grants=1, evictions=2, ready=(1,), reader_lanes=(1,)), mutations)
     pool.model.processes = [
         Process("keeper", lambda: keeper(pool), deaths, restart=True),
@@ -87,7 +89,7 @@ def one_writer(mutations: frozenset[str], *, ring: int = 1, evictions: int = 2, 
 
 
 def successor(mutations: frozenset[str]) -> Model:
-    """A writer that may die with a grant or a commit under way, and another that gets its lane; the keeper may die twice."""
+    """A writer that may die at any point, and another that gets its lane; the keeper may die twice."""
     pool = Pool(Shape(slots=2, lanes=1, keys=3, grants=3, evictions=1), mutations)
     pool.model.processes = [
         Process("keeper", lambda: keeper(pool), 2, restart=True),
@@ -165,7 +167,11 @@ MUTATIONS = (
     Mutation("no keeper fence after a grant", "sleep, a writer and a waiter", needs_buffers=True),
     Mutation("no client fence before sleeping", "sleep, a writer and a waiter", needs_buffers=True),
     Mutation("no second look by the client", "sleep, a writer and a waiter"),
-    Mutation("eviction and grant before the tail", "one writer, wrapping rings", behind="no new generation on grant"),
+    Mutation(
+        "eviction and grant before the tail",
+        "one writer, wrapping rings",
+        behind="no new generation on grant",
+    ),
     Mutation("no generation check", "one writer, wrapping rings", behind="eviction and grant before the tail"),
 )
 
@@ -175,7 +181,7 @@ REDUNDANT = (
     ("no generation check", "one writer, wrapping rings"),
     ("eviction and grant before the tail", "one writer, wrapping rings"),
 )
-"""Parts that alone could be missing without harm here: they stand behind others, against what the model leaves out."""
+"""Parts that alone could be missing here without harm: they stand behind others."""
 
 
 def explore(scenario: str, *mutations: str, sequential: bool = False) -> Result:

@@ -1,19 +1,32 @@
 """Who wakes whom: the keeper asleep with work in a ring, and a client asleep with a grant in its ring.
 
-Sleeps have no timeout here: where the model comes to rest with work undone, a real process would wait for its timeout.
-An eventfd is a cell that only system calls touch. The two ways to ring that are compared:
+Sleeps have no timeout here: where the model comes to rest with work undone, a real process would wait for
+its timeout. An eventfd is a cell that only system calls touch. The two ways to ring that are compared:
 
-- `flag`: the keeper sets SLEEPING, whoever rings clears it first. It cannot survive a client that is stopped (or dies)
-  between the two: the others see a cleared flag and leave the keeper asleep.
-- `number`: the keeper alone writes SLEEPING, a new number for each sleep and 0 while awake; a client remembers the last
-  number it rang for and rings at most once for each. Nobody relies on somebody else's ring.
+- `flag`: the keeper sets SLEEPING, whoever rings clears it first. It cannot survive a client that is stopped
+  (or dies) between the two: the others see a cleared flag and leave the keeper asleep.
+- `number`: the keeper alone writes SLEEPING, a new number for each sleep and 0 while awake; a client
+  remembers the last number it rang for and rings at most once for each. Nobody relies on somebody else's
+  ring.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
-from penstock.testing.model.machine import Memory, Model, Process, Program, Value, fence, kernel, load, own, store
+from penstock.testing.model.machine import (
+    Memory,
+    Model,
+    Process,
+    Program,
+    Value,
+    fence,
+    kernel,
+    load,
+    own,
+    store,
+)
 
 
 @dataclass(frozen=True)
@@ -48,22 +61,22 @@ class Bells:
         self.bell = model.cell("eventfd of the keeper")
         model.at_rest = self.all_served
         self.keeper_epoch = model.cell("KEEPER_EPOCH")
-        # Its eventfd dies with the keeper. That a client gets the new one late is left out: the keeper serves all
-        # rings when a client attaches again.
+        # Its eventfd dies with the keeper. That a client gets the new one late is left out: the keeper serves
+        # all rings when a client attaches again.
         on_death = ((self.bell, 0),)
         keeper_process = Process("keeper", lambda: keeper(self), shape.keeper_deaths, restart=True, on_death=on_death)
         model.processes = [keeper_process]
         for i in range(shape.writers):
             stops = shape.stops if i == 0 else 0
-            model.processes.append(Process(f"writer {i}", lambda i=i: writer(self, i), stops))  # type: ignore[misc]
+            model.processes.append(Process(f"writer {i}", partial(writer, self, i), stops))
         for i in range(shape.waiters):
-            model.processes.append(Process(f"waiter {i}", lambda i=i: waiter(self, i)))  # type: ignore[misc]
+            model.processes.append(Process(f"waiter {i}", partial(waiter, self, i)))
 
     def has(self, mutation: str) -> bool:
         return mutation in self.mutations
 
     def all_served(self, memory: Memory, status: tuple[str, ...]) -> str | None:
-        """Where nothing moves, nothing may be left to do for those who live; the stopped have not rung yet."""
+        """Where nothing moves, nothing may be left to do for those who still run."""
         for i in range(self.shape.writers):
             if memory[self.head[i]] != memory[self.tail[i]] and status[1 + i] != "dead":
                 return f"the keeper sleeps while lane {i} has a commit, and nobody will ring"
@@ -121,7 +134,7 @@ def _is_idle(bells: Bells) -> Program:
 
 
 def _grant_silently(bells: Bells) -> Program:
-    """A mutation: what the second look finds is granted at once, and the next pass finds nothing to ring for."""
+    """A mutation: what the second look finds is granted at once, and nobody is rung for it."""
     for lane in range(bells.shape.waiters):
         want = yield load(bells.want[lane])
         yield store(bells.grant_head[lane], want)
