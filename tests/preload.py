@@ -14,6 +14,8 @@ import penstock.runtime.embedded
 import penstock.runtime.opening
 import penstock.runtime.report
 import penstock.runtime.serve
+import tests.faults.load
+import tests.faults.points
 import tests.support  # noqa: F401
 
 penstock.identity.warm()

@@ -32,7 +32,7 @@ _CACHE_FORMAT = 1
 
 def inline_kernel(fn: F) -> F:
     """A helper that is compiled into the kernels that call it; never called from Python, never cached by itself."""
-    return numba.njit(nogil=True, inline="never")(fn)  # type: ignore[no-any-return]
+    return numba.njit(nogil=True, no_cpython_wrapper=True, no_cfunc_wrapper=True)(fn)  # type: ignore[no-any-return]
 
 
 def kernel(signature: str) -> Callable[[F], F]:

@@ -34,13 +34,14 @@ def ask(connector: Connector, prompt: list[int] = PROMPT, **options: Any) -> Any
 def test_without_a_keeper_it_serves_warns_once_and_counts(
     llama: PreTrainedModel, caplog: pytest.LogCaptureFixture
 ) -> None:
+    caplog.set_level(logging.WARNING, "penstock.connector")
     with Connector(llama, name=unique_name()) as connector:
         results = [ask(connector) for _ in range(3)]
         assert connector.flush()
         assert connector.counters()["no_keeper"] == 3
     assert {result.miss for result in results} == {Miss.NO_KEEPER}
     assert results[0].tokens == alone(llama, PROMPT, 8)
-    warnings = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
+    warnings = [record.getMessage() for record in caplog.records if record.name == "penstock.connector"]
     assert len(warnings) == 1 and "penstock serve" in warnings[0]
 
 

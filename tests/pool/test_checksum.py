@@ -100,9 +100,7 @@ def test_every_single_flipped_bit_of_table_root_and_key_is_found() -> None:
 
 
 @settings(max_examples=200, deadline=None)
-@given(
-    st.sampled_from(SIZES), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**32), st.integers(0, 2**40)
-)
+@given(st.sampled_from(SIZES), st.integers(1, 9), st.integers(1, 4), st.integers(0, 2**32), st.integers(0, 2**40))
 def test_a_flipped_bit_fails_its_block_and_its_segment_only(
     segment_bytes: int, n_segments: int, n_blocks: int, seed: int, where: int
 ) -> None:

@@ -123,9 +123,7 @@ class Shape:
 
 @st.composite
 def shapes(draw: st.DrawFn) -> Shape:
-    stripes = draw(
-        st.sampled_from([4, 5, 8, 12, 16, 17, 32, 63, 64, 65, 68, 96, 127, 128, 129, 144, 192, 200])
-    )
+    stripes = draw(st.sampled_from([4, 5, 8, 12, 16, 17, 32, 63, 64, 65, 68, 96, 127, 128, 129, 144, 192, 200]))
     segment_bytes = 64 * stripes
     divisors = [runs for runs in (1, 2, 3, 4, 5, 8, 12, 16, 40) if segment_bytes % runs == 0]
     return Shape(
@@ -239,14 +237,12 @@ def move(sources, targets):
 
 memory = np.zeros(4096, dtype=np.uint8)
 start = memory.ctypes.data + -memory.ctypes.data % 64
-for offset in (0, 16):
+for offset in (0, 8):
     words = np.array([start, start + 1024 + offset])
     move(words.ctypes.data, words.ctypes.data + 8)
     print("moved", offset, flush=True)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", source], capture_output=True, text=True, timeout=120, check=False)
     assert done.stdout == "moved 0\n", done.stderr
     assert done.returncode == -signal.SIGSEGV
 

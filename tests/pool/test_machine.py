@@ -19,6 +19,8 @@ from penstock.testing.pool_machine import PoolMachine
 
 FULL = os.environ.get("PENSTOCK_TEST_SCALE") == "full"
 SETTINGS = settings(
+    # Shrinking such a machine takes minutes: only where there is time.
+    phases=[Phase.generate, Phase.shrink] if FULL else [Phase.generate],
     max_examples=60,
     stateful_step_count=40,
     derandomize=True,

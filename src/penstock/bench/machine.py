@@ -10,12 +10,12 @@ from typing import Any
 
 from penstock.config import memory_limit_bytes
 
-__all__ = ["describe"]
+__all__ = ["describe_machine"]
 
 _VECTOR_FLAGS = ("avx2", "avx512f", "asimd", "sve")
 
 
-def describe() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """The machine's description for a report. Reads files under /proc and /sys; names no host, user or path."""
     info = _cpu_info()
     flags = set(info.get("flags", info.get("Features", "")).split())

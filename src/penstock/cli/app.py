@@ -64,6 +64,21 @@ def fsck(
 
 
 @app.command()
+def demo(
+    model: Annotated[str, typer.Option("--model", help="Directory or hub id of a causal language model.")] = "",
+    size: Annotated[str, typer.Option("--size", help="The pool's size.")] = "512M",
+    conversations: Annotated[int, typer.Option(min=2, max=50)] = 5,
+    turns: Annotated[int, typer.Option(min=2, max=50)] = 4,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate in each turn.")] = 24,
+    out: Annotated[Path | None, typer.Option("--out", help="Write what was measured here, as JSON.")] = None,
+) -> None:
+    """Two engine processes share a model's KV through one pool, whose keeper is killed in between."""
+    from penstock.cli.demo import demo as run
+
+    run(model, size, conversations, turns, new_tokens, out)
+
+
+@app.command()
 def rm(name: Name = "default", path: PathOption = None) -> None:
     """Delete a pool that no keeper serves."""
     from penstock.cli.rm import rm as run
@@ -79,3 +94,20 @@ def kick(
     from penstock.cli.kick import kick as run
 
     run(name, lane)
+
+
+bench = typer.Typer(help="Measure this machine against the targets.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command(name="pool")
+def bench_pool(
+    json: AsJson = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Write the JSON to this file too.")] = None,
+    only: Annotated[str | None, typer.Option("--only", help="Run only the group that measures NAME.")] = None,
+    scale: Annotated[str, typer.Option("--scale", hidden=True, help="full; tiny shows that all runs.")] = "full",
+) -> None:
+    """Measure the pool: matches, copies, commits, keys, brain. Takes about five minutes and 8 GiB of memory."""
+    from penstock.cli.bench import pool as run
+
+    run(json, out, only, scale)

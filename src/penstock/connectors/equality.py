@@ -18,8 +18,9 @@ import torch
 __all__ = ["BF16_BOUND", "Equality", "compare_tokens", "default_bound"]
 
 BF16_BOUND = 0.25
-"""In logits, so a factor of 1.28 between probabilities. bfloat16 keeps 8 bits: logits of 16 to 32 lie 0.125
-apart, and a sum in another order moves them by one or two such steps."""
+"""In logits: a factor of 1.28 between probabilities. On the model that ships with penstock, logits of up to 18
+moved by at most 0.14 when 1,000 tokens were computed in pieces of 1, 16, 100 or 256 instead of at once (two
+logits may move against each other), and no best token changed over a gap wider than 0.07."""
 
 
 @dataclass(frozen=True, slots=True)

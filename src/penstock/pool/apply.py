@@ -109,6 +109,8 @@ _NOT_OWNER, _DIRECTORY_FULL = int(Drop.NOT_OWNER), int(Drop.DIRECTORY_FULL)
 _BAD_ENTRY, _ABORTED = int(Drop.BAD_ENTRY), int(Drop.ABORTED)
 # Not a drop: the entry had been applied before.
 _REPEATED = -1
+# Entries that a key's first bucket keeps free before its second one is considered.
+SPARE_ENTRIES = 2
 
 
 @inline_kernel
@@ -157,9 +159,14 @@ def _room(directory: int, bucket: int) -> int:
 
 @inline_kernel
 def insert(directory: int, mask: int, lo: int, hi: int, unit: int) -> int:
-    """Enter a key that is not there yet, into the emptier of its two buckets. 1 if done, 0 if both are full."""
+    """Enter a key that is not there yet. 1 if done, 0 if both of its buckets are full.
+
+    It goes into its first bucket, the one that readers fetch ahead, while that has room to spare, and then into the
+    emptier of the two. At the fullest that the geometry allows, one key in twenty is in its second bucket.
+    """
     bucket, other = lo & mask, hi & mask
-    if _room(directory, other) > _room(directory, bucket):
+    room = _room(directory, bucket)
+    if room <= SPARE_ENTRIES and _room(directory, other) > room:
         bucket = other
     for slot in range(BUCKET_ENTRIES):
         cell = directory + bucket * BUCKET_BYTES + 8 * slot

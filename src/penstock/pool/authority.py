@@ -65,6 +65,8 @@ Events = npt.NDArray[np.void]
 
 # Reports of damage kept at once; more are forgotten, and reported again by whoever reads the block next.
 _MAX_SUSPECTS = 1024
+_MOST_COUNTED = 1 << 60
+_LOW63 = (1 << 63) - 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -395,10 +397,10 @@ class Authority:
         free_granted(self.ctx, units)
         self._keep_counters(index)
         at = self.lane(index)
+        # The epoch first: whatever is read of the old owner's ring from here on, even after a crash, is refused by it.
+        poke(at + layout.L_EPOCH, peek(at + layout.L_EPOCH) + 1)
         clear(at + self.geometry.lease_table_offset, self.geometry.leases * 8)
-        epoch = peek(at + layout.L_EPOCH) + 1
         clear(at + layout.L_COMMIT_TAIL, layout.LANE_CONTROL_BYTES - layout.L_COMMIT_TAIL)
-        poke(at + layout.L_EPOCH, epoch)
         poke(at + layout.L_STATE, int(LaneState.FREE))
         self.count(G_RECLAIMED_LANES, 1)
         self.count(G_RECLAIMED_SLOTS, len(units))
@@ -406,12 +408,13 @@ class Authority:
 
     def _keep_counters(self, index: int) -> None:
         counters = lane_counters(self.mapping.array, self.geometry, index)
-        for number in np.flatnonzero(counters):
+        # The client wrote them; what nobody can have counted up to is garbage.
+        for number in np.flatnonzero((counters > 0) & (counters < _MOST_COUNTED)):
             self.count(G_DEPARTED + int(number), int(counters[number]))
 
     def count(self, counter: int, by: int) -> None:
         cell = self.header(layout.COUNTERS_OFFSET) + 8 * counter
-        poke(cell, peek(cell) + by)
+        poke(cell, (peek(cell) + by) & _LOW63)
 
     def counters(self) -> npt.NDArray[np.uint64]:
         return keeper_counters(self.mapping.array)

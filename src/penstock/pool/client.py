@@ -43,6 +43,9 @@ log = logging.getLogger("penstock.client")
 # How long a wait for the keeper sleeps before it looks whether the keeper still lives.
 _WAIT_SLICE_S = 0.1
 
+# By value; a lookup here costs a tenth of the enum's own.
+_MISSES = {int(miss): miss for miss in Miss}
+
 _live_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
 
 
@@ -149,7 +152,7 @@ class Pool:
             packed = match(at.ctx, keys.array, handle.shape)
         return Lease(
             self, at, handle, packed & HEAD_MASK, packed >> HEAD_BITS & COUNT_MASK,
-            Miss(packed >> (HEAD_BITS + COUNT_BITS)),
+            _MISSES[packed >> (HEAD_BITS + COUNT_BITS)],
         )  # fmt: skip
 
     def adopt(self, data: bytes) -> Lease:
@@ -229,6 +232,8 @@ class Pool:
         """Reserve, copy in and commit the blocks of `keys`, from the first on, as far as there is room."""
         with self.reserve(handle, len(keys), wait_s) as reservation:
             n = len(reservation)
+            if not n:
+                return Stored(0, reservation.drop)
             published = reservation.commit(keys[:n], tensors.blocks(slice(n)), intent=intent)
             drop = Drop.RING_FULL if published < n else reservation.drop
         return Stored(published, drop)
@@ -386,6 +391,11 @@ class Pool:
         self._link.close()
 
     @property
+    def keeper_alive(self) -> bool:
+        """Whether a keeper serves this client now. Without one reads go on, and writes end when the rings are full."""
+        return self._link.alive
+
+    @property
     def closed(self) -> bool:
         return self._at.dead is not None
 
@@ -403,7 +413,11 @@ class Pool:
         return f"<Pool {self.name!r}, {'closed' if self.closed else self.mode}>"
 
     def _forked(self) -> None:
-        # The parent's lane, lock and socket are not ours: close our copies of the descriptors, touch nothing else.
+        # The parent's lane, lock and socket are not ours: close our copies of the descriptors, touch nothing else. Nor
+        # may what runs when the pool goes away ring bells that both share.
+        for finalizer in self._on_close:
+            finalizer.detach()
+        self._on_close.clear()
         self._at.forked()
         self._link.abandon()
 

@@ -155,7 +155,8 @@ class Lease:
 
     def release(self) -> None:
         """Give every block back. Raises ViewsAlive, naming them, if arrays made by `views` still live. Idempotent."""
-        self._refuse_views("released")
+        if self._pins is not None:
+            self._refuse_views("released")
         self._give_back(0)
 
     def _give_back(self, keep: int) -> None:
@@ -164,7 +165,7 @@ class Lease:
             return
         self._count = keep
         at = self._at
-        if at.dead is Miss.FORKED:
+        if at.dead is not None and at.dead is Miss.FORKED:
             return
         with at.lease_lock:
             cell = self._cell if not keep else skip(at.ctx, self._cell, keep)

@@ -30,6 +30,7 @@ from penstock.pool.checksum import (
 from penstock.pool.sides import NOWHERE, ORDINARY, STREAMING, Blocks, Engine, slot_address
 from penstock.pool.vector import (
     LANES,
+    NO_LIMIT,
     STRIPE,
     accumulate_1,
     accumulate_8,
@@ -93,21 +94,23 @@ def _plain_turns(lanes: int, store: int, table: int, begin: int, n_stripes: int)
 
 
 @inline_kernel
-def _hashed_turns(lanes: int, way: Way, table: int, begin: int, n_stripes: int, state: int, secret: int) -> None:
+def _hashed_turns(
+    lanes: int, way: Way, table: int, begin: int, n_stripes: int, limit: int, state: int, secret: int
+) -> None:
     sources, targets = (table, table + _ENGINE) if way.to_engine else (table + _ENGINE, table)
     if lanes == LANES:
         if way.store == STREAMING:
-            hash_stream_8(sources, targets, begin, n_stripes, state, secret)
+            hash_stream_8(sources, targets, begin, n_stripes, limit, state, secret)
         elif way.store == ORDINARY:
-            hash_copy_8(sources, targets, begin, n_stripes, state, secret)
+            hash_copy_8(sources, targets, begin, n_stripes, limit, state, secret)
         else:
-            accumulate_8(table, table, begin, n_stripes, state, secret)
+            accumulate_8(table, table, begin, n_stripes, limit, state, secret)
     elif way.store == STREAMING:
-        hash_stream_1(sources, targets, begin, n_stripes, state, secret)
+        hash_stream_1(sources, targets, begin, n_stripes, limit, state, secret)
     elif way.store == ORDINARY:
-        hash_copy_1(sources, targets, begin, n_stripes, state, secret)
+        hash_copy_1(sources, targets, begin, n_stripes, limit, state, secret)
     else:
-        accumulate_1(table, table, begin, n_stripes, state, secret)
+        accumulate_1(table, table, begin, n_stripes, limit, state, secret)
 
 
 @inline_kernel
@@ -193,6 +196,14 @@ def walk_plain(blocks: Blocks, engine: Engine, store: int) -> None:
 
 
 @inline_kernel
+def _source_limit(table: int, page_end: int, engine: Engine, way: Way) -> int:
+    """Up to where asking ahead pays. Behind a page or run comes more to read, but for an engine's small runs."""
+    if way.to_engine or engine.run_bytes >= PAGE_BYTES:
+        return NO_LIMIT
+    return load_i64(table + _RUN_END) if engine.run_gap else page_end
+
+
+@inline_kernel
 def _hashed_range(
     table: int, state: int, lanes: int, begin: int, end: int, engine: Engine, way: Way, secret: int
 ) -> None:
@@ -200,7 +211,8 @@ def _hashed_range(
     while begin < end:
         n_bytes = min(engine.grain - (begin & (engine.grain - 1)), end - begin)
         within = begin & (XXH3_BLOCK_BYTES - 1)
-        _hashed_turns(lanes, way, table, begin, n_bytes // STRIPE, state, secret + within // 8)
+        limit = _source_limit(table, end + STRIPE, engine, way)
+        _hashed_turns(lanes, way, table, begin, n_bytes // STRIPE, limit, state, secret + within // 8)
         begin += n_bytes
         if engine.run_gap:
             _cross_runs(table, lanes, begin, engine)
@@ -220,13 +232,13 @@ def _hashed_pages(table: int, lanes: int, engine: Engine, way: Way, secret: int)
         done = _shortest(table) - STRIPE
         _hashed_range(table, state, LANES, 0, done, engine, way, secret)
         if done + STRIPE == _longest(table):
-            _hashed_turns(LANES, way, table, done, 1, state, secret + LAST_STRIPE_SECRET)
+            _hashed_turns(LANES, way, table, done, 1, NO_LIMIT, state, secret + LAST_STRIPE_SECRET)
             return
     for lane in range(lanes):
         at, own = table + 8 * lane, state + STRIPE * lane
         last = load_i64(at + _LENGTH) - STRIPE
         _hashed_range(at, own, 1, done, last, engine, way, secret)
-        _hashed_turns(1, way, at, last, 1, own, secret + LAST_STRIPE_SECRET)
+        _hashed_turns(1, way, at, last, 1, NO_LIMIT, own, secret + LAST_STRIPE_SECRET)
 
 
 @inline_kernel

@@ -22,6 +22,7 @@ from numba.extending import intrinsic
 
 __all__ = [
     "LANES",
+    "NO_LIMIT",
     "STRIPE",
     "accumulate_1",
     "accumulate_8",
@@ -49,8 +50,9 @@ STRIPE = 64
 
 _I8, _I32, _I64, _I128 = (ir.IntType(bits) for bits in (8, 32, 64, 128))
 _STRIPE = ir.VectorType(_I64, 8)
-# How far ahead of its loads a lane asks for its source. Past a page's end that is the next page, or wasted.
+# How far ahead of its loads a lane asks for its source, and the limit that means none.
 _AHEAD = 512
+NO_LIMIT = 1 << 40
 
 
 def _splat(value: int) -> ir.Constant:
@@ -103,8 +105,18 @@ class _Turns:
         self.store = store
 
     def emit(
-        self, builder: Any, sources: Any, targets: Any, begin: Any, n_stripes: Any, state: Any, secret: Any
+        self,
+        builder: Any,
+        sources: Any,
+        targets: Any,
+        begin: Any,
+        n_stripes: Any,
+        limit: Any,
+        state: Any,
+        secret: Any,
     ) -> None:
+        # Relative to `begin`: the last stripe that may be asked for ahead.
+        self.last_ahead = builder.sub(builder.sub(limit, begin), _I64(STRIPE))
         source = [self._word(builder, sources, lane, begin) for lane in range(self.lanes)]
         target = [self._word(builder, targets, lane, begin) for lane in range(self.lanes)] if self.store else []
         accumulators = []
@@ -134,12 +146,16 @@ class _Turns:
             # XXH3 moves on by 8 bytes of its secret from one stripe to the next.
             step = builder.add(builder.mul(index, _I64(8)), _I64(8 * stripe))
             keys.append(_load_vector(builder, builder.add(secret, step)))
+        ahead = [self._ahead(builder, offset, stripe) for stripe in range(stripes)]
         for lane in range(self.lanes):
             for stripe in range(stripes):
-                ahead = builder.add(offset, _I64(STRIPE * stripe + _AHEAD))
-                _prefetch(builder, builder.add(source[lane], ahead))
+                _prefetch(builder, builder.add(source[lane], ahead[stripe]))
         for lane in range(self.lanes):
             self._turn_of_lane(builder, lane, offset, stripes, source, target, accumulators, keys)
+
+    def _ahead(self, builder: Any, offset: Any, stripe: int) -> Any:
+        wished = builder.add(offset, _I64(STRIPE * stripe + _AHEAD))
+        return builder.select(builder.icmp_signed("<", wished, self.last_ahead), wished, self.last_ahead)
 
     def _turn_of_lane(
         self,
@@ -166,7 +182,8 @@ def _make_copy(lanes: int, store: Callable[[Any, Any, Any], None]) -> Any:
     def typer(typing_context: Any, from_: Any, to: Any, at: Any, count: Any) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             sources, targets, begin, n_stripes = args
-            _Turns(lanes, False, store).emit(builder, sources, targets, begin, n_stripes, None, None)
+            turns = _Turns(lanes, False, store)
+            turns.emit(builder, sources, targets, begin, n_stripes, _I64(NO_LIMIT), None, None)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 4), codegen
@@ -176,13 +193,13 @@ def _make_copy(lanes: int, store: Callable[[Any, Any, Any], None]) -> Any:
 
 def _make_hash(lanes: int, store: Callable[[Any, Any, Any], None] | None) -> Any:
     def typer(
-        typing_context: Any, sources: Any, targets: Any, begin: Any, n_stripes: Any, state: Any, secret: Any
+        typing_context: Any, from_: Any, to: Any, at: Any, count: Any, limit: Any, state: Any, secret: Any
     ) -> Any:
         def codegen(context: Any, builder: Any, signature: Any, args: Any) -> Any:
             _Turns(lanes, True, store).emit(builder, *args)
             return context.get_dummy_value()
 
-        return types.void(*[types.int64] * 6), codegen
+        return types.void(*[types.int64] * 7), codegen
 
     return intrinsic(typer)
 
@@ -194,9 +211,9 @@ copy_8 = _make_copy(LANES, _store_ordinary)
 copy_1 = _make_copy(1, _store_ordinary)
 stream_8 = _make_copy(LANES, _store_streaming)
 stream_1 = _make_copy(1, _store_streaming)
-# The same, and the stripes are accumulated: plus the address of the lanes' accumulators (64 bytes a lane,
-# updated) and the address of the secret's bytes for the first stripe. `accumulate` stores nothing and ignores
-# the targets.
+# The same, and the stripes are accumulated: plus the position where the sources end (asking ahead past it would
+# fetch what nobody reads), the address of the lanes' accumulators (64 bytes a lane, updated), and the address of the
+# secret's bytes for the first stripe. `accumulate` stores nothing and ignores the targets.
 hash_copy_8 = _make_hash(LANES, _store_ordinary)
 hash_copy_1 = _make_hash(1, _store_ordinary)
 hash_stream_8 = _make_hash(LANES, _store_streaming)

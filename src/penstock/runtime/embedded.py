@@ -10,7 +10,6 @@ import threading
 from pathlib import Path
 
 from penstock.pool.locks import KEEPER_BYTE, ByteLock
-from penstock.pool.pretouch import touch_range
 from penstock.pool.segment import Segment
 from penstock.pool.wire import Names, SpaceIs, SpaceOf
 from penstock.runtime.keeper import Keeper
@@ -27,14 +26,9 @@ class EmbeddedLink:
         self._files = (segment.path, lock_file)
         self._segment = segment
         self._working = threading.RLock()
-        self.keeper = Keeper(segment, self._locks, policy=policy, touch=self._touch)
+        self.keeper = Keeper(segment, self._locks, policy=policy)
         self.alive = True
         self._sleep()
-
-    def _touch(self, slab: int) -> bool:
-        geometry = self._segment.geometry
-        start = geometry.data_offset + slab * geometry.slab_bytes
-        return touch_range(self._segment.fd, start, geometry.slab_bytes)
 
     def ring(self) -> None:
         with self._working:

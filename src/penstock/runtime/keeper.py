@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +19,7 @@ from penstock.pool.cells import peek, poke, poke_and_fence
 from penstock.pool.keeper_context import G_DAMAGED, G_RELEARNED
 from penstock.pool.layout import N_CLASSES, LaneState
 from penstock.pool.locks import FIRST_LANE_BYTE, ByteLock
+from penstock.pool.pretouch import touch_range
 from penstock.pool.segment import Segment
 from penstock.pool.survey import SURVEY_COLUMNS, V_COMMITS, V_HITS, V_WAITING, V_WANTS, survey, wants_of
 from penstock.runtime.slabs import coldest_foreign_slab, take_fresh_slab, with_descendants
@@ -43,33 +43,30 @@ DAMAGED_RETRY_MS = 100
 class Keeper:
     """Serves a mapped segment. The caller holds the keeper's lock.
 
-    `touch(slab) -> bool` makes a slab's memory ready on demand (embedded pools); a serving keeper leaves it None and
-    raises the touched mark itself.
+    The memory of slabs is made ready as they are needed; `set_touched` on the authority, by whoever does that ahead of
+    need, saves the keeper the work. A slab that cannot be had (the file system is full) is as if it were not there.
     """
 
-    def __init__(
-        self, segment: Segment, locks: ByteLock, *, policy: str = "lru", touch: Callable[[int], bool] | None = None
-    ) -> None:
+    def __init__(self, segment: Segment, locks: ByteLock, *, policy: str = "lru") -> None:
         self.authority = Authority(segment)
         self.geometry = segment.geometry
         self.brain = Brain(self.geometry.n_units, N_CLASSES, policy)
         self._locks = locks
-        self._touch = touch
         self._rows = np.zeros((self.geometry.n_lanes, SURVEY_COLUMNS), np.int64)
         self._wants = np.zeros(N_CLASSES, np.int64)
         self._victims = np.zeros(len(self.authority.events), np.uint32)
         # A sleep has a number that no sleep of an earlier keeper had: clients ring once for each.
         self._sleep_number = 0
         self._first_lane = 0
+        self._owed: set[int] = set()
         self.opening: set[int] = set()
         """Lanes handed out to clients that have not confirmed yet that they hold the lane's lock."""
         self.started_ms = self._now()
         """Uses before this are known by their order only."""
+        self._full = False
         self._damaged: set[int] = set()
         self._damaged_again_ms = 0
         self.names: dict[int, str] = {}
-        self.memory_is_coming = False
-        """Whether more memory is being made ready: nothing is evicted meanwhile, writers wait or drop."""
         self._recover()
 
     # ---- start
@@ -96,7 +93,7 @@ class Keeper:
     def step(self) -> list[int]:
         """Do what there is to do now. Returns the lanes whose clients wait and for which something was done."""
         survey(self.authority.ctx, self._rows)
-        progressed = set()
+        progressed, self._owed = self._owed, set()
         for lane in np.flatnonzero(self._rows[:, V_COMMITS] | self._rows[:, V_HITS]):
             self._drain(int(lane))
             progressed.add(int(lane))
@@ -119,7 +116,10 @@ class Keeper:
         self._sleep_number += 1
         epoch = peek(self.authority.header(layout.H_KEEPER_EPOCH))
         poke_and_fence(self.authority.header(layout.H_SLEEPING), epoch << 32 | self._sleep_number)
-        if self.has_work() or self._grant_wanted():
+        busy = self.has_work()
+        # Whoever is granted something here is rung for by the next step.
+        self._owed |= self._grant_wanted()
+        if busy or self._owed:
             self.announce_awake()
             return False
         return True
@@ -195,11 +195,7 @@ class Keeper:
         """Have at least n free slots of a class if the brain and the leases allow it."""
         authority = self.authority
         while authority.n_free(slot_class) < n:
-            if self._fresh_slab(slot_class):
-                continue
-            if self.memory_is_coming:
-                return
-            if self._evict(slot_class, n - authority.n_free(slot_class)):
+            if self._fresh_slab(slot_class) or self._evict(slot_class, n - authority.n_free(slot_class)):
                 continue
             if not self._clear_foreign_slab(slot_class):
                 return
@@ -207,10 +203,15 @@ class Keeper:
     def _fresh_slab(self, slot_class: int) -> bool:
         if take_fresh_slab(self.authority, slot_class):
             return True
-        touched = self.authority.touched_slabs()
-        if self._touch is None or touched >= self.geometry.n_slabs or not self._touch(touched):
+        slab, size = self.authority.touched_slabs(), self.geometry.slab_bytes
+        if slab >= self.geometry.n_slabs or self._full:
             return False
-        self.authority.set_touched((touched + 1) * self.geometry.slab_bytes)
+        # Nobody evicts while memory lies idle, and no writer waits for a slow pre-toucher.
+        if not touch_range(self.authority.segment.fd, self.geometry.data_offset + slab * size, size):
+            self._full = True
+            log.error("the file system is full: the pool serves %d MiB of what it was given", slab * size >> 20)
+            return False
+        self.authority.set_touched((slab + 1) * size)
         return take_fresh_slab(self.authority, slot_class)
 
     def _evict(self, slot_class: int, n: int) -> int:

@@ -117,11 +117,11 @@ def _map(welcome: Welcome) -> tuple[ByteLock, Attachment]:
 def _look_after(pool_ref: weakref.ref[Pool], link: SocketLink, client: str, stop: int) -> None:
     """The client's one background thread: notices that the keeper went, greets the next one, returns idle grants.
 
-    Ends with the pool. Sleeps in the kernel; an idle client with no grants wakes for nothing.
+    Ends with the pool. Sleeps in the kernel and looks up every IDLE_S: nothing tells it that grants came in.
     """
     attempt = 0
     while (pool := pool_ref()) is not None and not pool.closed:
-        pause: float | None = IDLE_S if pool.held()["grants"] else None
+        pause = IDLE_S
         if not link.alive:
             pause = _RETRY_S[min(attempt, len(_RETRY_S) - 1)]
             attempt = 0 if _come_back(pool, link, client) else attempt + 1
@@ -132,7 +132,8 @@ def _look_after(pool_ref: weakref.ref[Pool], link: SocketLink, client: str, stop
             if link.hung_up(pause, stop):
                 log.warning("pool %s: the keeper is gone; reads go on, writes are dropped until it is back", link.name)
         else:
-            _nap(stop, pause or _RETRY_S[0])
+            _nap(stop, pause)
+    link.close()  # again: the pool may have been closed while this thread was greeting a keeper
     os.close(stop)
 
 
@@ -150,9 +151,13 @@ def _come_back(pool: Pool, link: SocketLink, client: str) -> bool:
         if welcome.uuid == at.uuid and welcome.lane == at.given.lane and welcome.epoch == at.given.epoch:
             link.confirm()
         else:
-            _, fresh = _map(welcome)
-            link.confirm()
-            pool.replace(fresh)
+            locks, fresh = _map(welcome)
+            try:
+                link.confirm()
+                pool.replace(fresh)
+            except BaseException:
+                locks.close()
+                raise
     except NoKeeper:
         return False
     except (PenstockError, OSError) as error:

@@ -130,7 +130,6 @@ class Server:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL)
         assert process.stdout is not None
         self._selector.register(process.stdout, selectors.EVENT_READ, "toucher")
-        self.keeper.memory_is_coming = True
         return process
 
     def _read_toucher(self) -> None:
@@ -139,12 +138,13 @@ class Server:
         data = os.read(self._toucher.stdout.fileno(), 1 << 16)
         *lines, self._toucher_rest = (self._toucher_rest + data).split(b"\n")
         if lines:
-            self.keeper.authority.set_touched(int(lines[-1]) - self.segment.geometry.data_offset)
+            touched = int(lines[-1]) - self.segment.geometry.data_offset
+            # The keeper may have been ahead: it makes ready what it needs at once.
+            self.keeper.authority.set_touched(max(touched, peek(self.keeper.authority.header(layout.H_TOUCHED))))
         if data:
             return
         if self._toucher.wait() != 0:
-            ready = peek(self.keeper.authority.header(layout.H_TOUCHED)) >> 20
-            log.error("%s is full: the pool serves %d MiB of what it was given", self.path.parent, ready)
+            log.warning("making memory ready ended early: %s is full", self.path.parent)
         self._end_toucher()
 
     def _end_toucher(self) -> None:
@@ -152,7 +152,6 @@ class Server:
             self._selector.unregister(self._toucher.stdout)
             self._toucher.stdout.close()
             self._toucher = None
-            self.keeper.memory_is_coming = False
 
 
 def _lock(path: Path, refusal: str) -> ByteLock:

@@ -50,9 +50,7 @@ TINY = Geometry(
 """Four slabs of 64 KiB: a few dozen slots, so that eviction, full lease tables and full rings happen all the time."""
 
 
-def make_space(
-    tenant: str = "", *, block_tokens: int = 4, n_segments: int = 2, segment_bytes: int = 1024
-) -> Space:
+def make_space(tenant: str = "", *, block_tokens: int = 4, n_segments: int = 2, segment_bytes: int = 1024) -> Space:
     """A space of a model that does not exist."""
     return Space(
         weights="blake2b-256:" + "a" * 64,
@@ -204,11 +202,18 @@ class Site:
         return pool
 
     def crash_keeper(self) -> None:
-        """The keeper loses everything it knows, between two of its steps, and another one starts on the segment."""
+        """The keeper loses everything it knows, between two of its steps, and another one recovers the segment.
+
+        It grants and evicts nothing before it hears.
+        """
         link = self.link
         link.keeper = Keeper(link._segment, link._locks, touch=link._touch)
-        link._sleep()
+        self.deaf = True
+
+    def hear(self) -> None:
+        """The keeper does what was left for it, and hears every bell from here on."""
         self.deaf = False
+        self.link.ring()
 
     def kill(self, client: Pool) -> None:
         """What remains when a client's process is killed: its lane as it was, and a lock that nobody holds."""

@@ -45,11 +45,15 @@ SCALES = {scale.name: scale for scale in (FULL, TINY)}
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Measurements that share a set-up: a module with a function `run(scale)` that yields one result per goal."""
+    """Measurements that share a set-up: a module with `run(group, scale)`, which yields one result per goal."""
 
     module: str
     goals: tuple[Goal, ...]
+    option: str = ""
     timeout_s: float = 120.0
+
+    def goal(self, name: str) -> Goal:
+        return next(goal for goal in self.goals if goal.name == name)
 
 
 GROUPS = {
@@ -64,6 +68,7 @@ GROUPS = {
     "copy-2mib": Group(
         "copying",
         (Goal("read_2mib_of_memcpy", "ratio", 0.90), Goal("write_2mib_of_memcpy", "ratio", 0.75)),
+        "2mib",
     ),
     "copy-64kib": Group(
         "copying",
@@ -72,6 +77,7 @@ GROUPS = {
             Goal("verified_read_64kib_of_memcpy", "ratio", 0.72),
             Goal("write_64kib_of_memcpy", "ratio", 0.70),
         ),
+        "64kib",
     ),
     "intake": Group(
         "intake",

@@ -60,10 +60,16 @@ class Attachment:
     def handle(self, space: Space, label: str) -> tuple[Pool, SpaceHandle] | Miss:
         """The pool and its handle of `space`, or why there is none, counted. Tries to attach at most once a
         second; raises nothing."""
+        found = self.prepare(space, label)
+        if found is Miss.NO_KEEPER:
+            self._counters.add("no_keeper")
+        return found
+
+    def prepare(self, space: Space, label: str) -> tuple[Pool, SpaceHandle] | Miss:
+        """As `handle`, for no request: without a keeper it counts nothing."""
         with self._lock:
             pool = self._attached()
             if pool is None:
-                self._counters.add("closed" if self._closed else "no_keeper")
                 return Miss.CLOSED if self._closed else Miss.NO_KEEPER
             handle = self._handles.get(space.digest())
             if handle is None:

@@ -90,7 +90,8 @@ class Connector:
     """Ties one model to one pool.
 
     `pool=None` attaches to the keeper of `name` when there is one, without ever serving a pool itself.
-    Raises Refused for a model that cannot be stored block by block. The first request digests the weights.
+    Raises Refused for a model that cannot be stored block by block. Reads the weights once, for their digest
+    (about 1 GB/s and core), and loads the pool's kernels, so that no request waits for either.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class Connector:
         )
         self._attachment = Attachment(pool, name, self._counters)
         self._saver = Saver(self._counters, max_requests=max_saving, wait_s=save_wait_s)
+        self._attachment.prepare(self._spaces.current(), self._label)
 
     @property
     def space(self) -> Space:

@@ -208,7 +208,7 @@ def _apply_entry(pool: Pool, lane: int, entry: tuple[int, ...]) -> Program:
     if listed and not pool.has("no duplicate check"):
         yield store(pool.state[unit], FREE, also=((pool.settled[key], one_more),))
         return (unit,)
-    applied: Effect = ((pool.settled[key], one_more), (pool.applied[key], one_more))
+    applied: Effect = ((pool.settled[key], one_more),)
     if pool.has("READY before the record's fields"):
         yield store(pool.state[unit], READY, also=applied)
         yield store(pool.key[unit], key)

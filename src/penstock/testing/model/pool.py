@@ -32,8 +32,6 @@ class Shape:
     evictions: int = 1
     ready: tuple[int, ...] = ()
     """Keys that are in slots 0, 1, ... at the start."""
-    granted: tuple[int, ...] = ()
-    """Lanes that the following slots are granted to at the start, published and not yet taken."""
     reader_lanes: tuple[int, ...] = ()
     """Lanes whose leases the keeper scans; the others never lease, and scanning them would cost states."""
 
@@ -74,7 +72,6 @@ class Pool:
         self.holder = row("holder", slots, -1)
         self.committed = row("committed", keys)
         self.settled = row("settled", keys)
-        self.applied = row("applied", keys)
         self.grants_left = model.cell("grants left", shape.grants)
         self.evictions_left = model.cell("evictions left", shape.evictions)
         self._fill_initial_slots()
@@ -90,11 +87,6 @@ class Pool:
             first[self.state[unit]], first[self.key[unit]] = READY, key
             first[self.data[unit][0]] = first[self.data[unit][1]] = key
             first[self.directory[key]] = unit + 1
-        for unit, lane in enumerate(self.shape.granted, len(self.shape.ready)):
-            head = first[self.grant_head[lane]]
-            first[self.state[unit]], first[self.owner[unit]] = GRANTED + lane, (1, head)
-            first[self.grants[lane][head % self.shape.ring]] = (unit, 1)
-            first[self.grant_head[lane]] = head + 1
 
     def payloads_match(self, memory: Memory) -> str | None:
         """In every state: what a READY slot holds is what its key says, and nobody is writing to it."""
