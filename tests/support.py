@@ -88,7 +88,7 @@ def chain(*seed: int, blocks: int, space: Space = SPACE) -> KeyChain:
 
 
 def contents(keys: npt.NDArray[np.uint64], block_bytes: int = SPACE.block_bytes) -> npt.NDArray[np.uint8]:
-    """What blocks with these keys, (n, 2) words, hold in every test: (n, block_bytes) bytes made from the keys alone."""
+    """What blocks with these keys, (n, 2) words, hold in every test: (n, block_bytes) bytes, made from the keys."""
     keys = np.ascontiguousarray(keys, np.uint64).reshape(-1, 2)
     steps = np.arange(1, block_bytes // 8 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
     words = keys[:, :1] ^ (keys[:, 1:] + steps)
@@ -105,9 +105,7 @@ def tensors(blocks: npt.NDArray[np.uint8], space: Space = SPACE) -> TensorMap:
     return TensorMap(bases, np.arange(len(blocks)), space.block_bytes, keep_alive=blocks)
 
 
-def store(
-    pool: penstock.Pool, handle: penstock.SpaceHandle, keys: KeyChain, *, wait_s: float = 5.0
-) -> penstock.Stored:
+def store(pool: penstock.Pool, handle: penstock.SpaceHandle, keys: KeyChain, *, wait_s: float = 5.0) -> penstock.Stored:
     """Store the blocks of these keys with the contents that belong to them."""
     return pool.store(handle, keys, tensors(contents(keys.array, handle.block_bytes), handle.space), wait_s=wait_s)
 

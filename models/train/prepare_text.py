@@ -20,9 +20,7 @@ from readers import READERS
 from sources import SOURCES, Source
 
 HELDOUT_PERCENT = 2
-_ASCII = str.maketrans(
-    {"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\u00a0": " "}
-)
+_ASCII = str.maketrans({"‘": "'", "’": "'", "“": '"', "”": '"', "–": "-", "—": "-", "…": "...", "\u00a0": " "})
 _COMMON = re.compile(r"\b(the|of|and|to|is|in|that|you|a|for|it|was|with|i)\b", re.I)
 _PROSE = re.compile(r"[A-Za-z ,.;:'\"?!()\-]")
 _DOCUMENT_CHARS = 60_000  # long files are cut into documents of this size, so that held-out text is spread
@@ -34,9 +32,7 @@ def fetch(source: Source, work: Path) -> tuple[Path, str]:
     debs.mkdir(parents=True, exist_ok=True)
     found = sorted(debs.glob(f"{source.package}_*.deb"))
     if not found:
-        subprocess.run(
-            ["apt-get", "download", "-q", source.package], cwd=debs, check=True, capture_output=True
-        )
+        subprocess.run(["apt-get", "download", "-q", source.package], cwd=debs, check=True, capture_output=True)
         found = sorted(debs.glob(f"{source.package}_*.deb"))
     if not root.exists():
         root.mkdir(parents=True)

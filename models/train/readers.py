@@ -105,9 +105,7 @@ def read_wml(path: Path) -> list[str]:
 
 def read_quoted(path: Path) -> list[str]:
     """Endless Sky: strings between back quotes; placeholders like `<planet>` become plain words."""
-    strings = re.findall(r"`([^`\n]*)`", _decode(path)) + re.findall(
-        r'description "([^"\n]{60,})"', _decode(path)
-    )
+    strings = re.findall(r"`([^`\n]*)`", _decode(path)) + re.findall(r'description "([^"\n]{60,})"', _decode(path))
     return [re.sub(r"<(\w+)>", r"\1", s) for s in strings]
 
 

@@ -32,9 +32,7 @@ from transformers import AttentionInterface, GenerationConfig, LlamaConfig, Llam
 POSITIONS = 16384
 # (window length, windows a step, share of the time, share of windows with skipped positions)
 STAGES = ((256, 32, 0.62, 0.0), (512, 16, 0.22, 0.5), (4096, 1, 0.16, 0.5))
-LONG = (
-    1024  # windows longer than this use the fused kernel, which needs no memory for the weights of attention
-)
+LONG = 1024  # windows longer than this use the fused kernel, which needs no memory for the weights of attention
 MUON_LR, ADAM_LR, WARMUP_STEPS, FINAL_LR = 0.02, 0.004, 60, 0.08
 CHECKPOINT_S = 240
 
@@ -94,9 +92,7 @@ class Loss(nn.Module):
         self.model = model
 
     def forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        hidden = self.model.model(
-            input_ids=ids[:, :-1], position_ids=positions, use_cache=False
-        ).last_hidden_state
+        hidden = self.model.model(input_ids=ids[:, :-1], position_ids=positions, use_cache=False).last_hidden_state
         logits = self.model.lm_head(hidden).float()
         return nn.functional.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten())
 

@@ -60,9 +60,12 @@ def __getattr__(name: str) -> Any:
 
         return open_pool
     if name == "__version__":
-        from importlib.metadata import version
+        from importlib.metadata import PackageNotFoundError, version
 
-        return version("penstock")
+        try:
+            return version("penstock")
+        except PackageNotFoundError:  # run from a source tree that is not installed
+            return "0+unknown"
     if name in _WHERE:
         return getattr(importlib.import_module(_WHERE[name]), name)
     raise AttributeError(f"module 'penstock' has no attribute {name!r}")

@@ -67,7 +67,7 @@ def _parent(connection: Connection, name: str) -> None:
             del pool, lease, view, reservation
             gc.collect()
             status = 0
-        except BaseException:
+        except BaseException:  # noqa: BLE001 - the child must end here, whatever it met
             traceback.print_exc()
         finally:
             os._exit(status)

@@ -105,12 +105,13 @@ def keeper_loop(evict: Any, grant: Any, apply_commits: Any) -> Loop:
 
 
 def writer_loop(take_grants: Any, publish: Any) -> Loop:
-    """(ctx, keys, sources, words, rows, seed, rounds): fill what was granted with blocks at random, past the cache, and
-    publish them. `rows` are commit entries that are complete but for unit, generation and key."""
+    """(ctx, keys, sources, words, junk, slots, rows, seed, rounds): fill what was granted with blocks at random, past the
+    cache, and publish them. `rows` are commit entries that are complete but for unit, generation and key; `junk` is
+    memory that is streamed to itself first, so that the block's lines queue behind it on their way to memory."""
 
     @numba.njit(nogil=True)
     def run(
-        ctx: int, keys: Any, sources: Any, words: int, slots: Any, rows: Any, seed: Any, rounds: int
+        ctx: int, keys: Any, sources: Any, words: int, junk: Any, slots: Any, rows: Any, seed: Any, rounds: int
     ) -> None:  # fmt: skip
         table = np.zeros(2, np.int64)
         at = rows.ctypes.data
@@ -119,6 +120,8 @@ def writer_loop(take_grants: Any, publish: Any) -> Loop:
             for i in range(n):
                 k = dice(seed, keys.shape[0])
                 payload, _table = _payload_and_table(ctx, slots[i, 0])
+                table[0] = table[1] = junk[0] + dice(seed, junk[2]) * junk[1]
+                stream_1(table.ctypes.data, table.ctypes.data + 8, 0, junk[1] // 64)
                 table[0], table[1] = sources[k], payload
                 stream_1(table.ctypes.data, table.ctypes.data + 8, 0, words // 8)
                 entry = at + i * COMMIT_BYTES

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import itertools
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -18,6 +19,9 @@ from numba.extending import intrinsic
 
 from penstock import jit
 from penstock.jit import inline_kernel
+
+
+_numbers = itertools.count()
 
 
 def _nothing(typing_context: Any) -> Any:
@@ -58,19 +62,18 @@ def kernels(module_name: str, mutant: str, *names: str) -> list[Any]:
     if where != module_name:
         module: ModuleType | dict[str, Any] = importlib.import_module(module_name)
         return [getattr(module, name) for name in names]
-    namespace = _compiled_without(module_name, replaced, set(names))
-    return [namespace[name] for name in names]
+    return compile_with(module_name, replaced, *names)
 
 
-def _compiled_without(module_name: str, replaced: dict[str, Any], wanted: set[str]) -> dict[str, Any]:
-    """The module's source with each replaced function bound to its replacement, and no kernel that is not wanted."""
+def compile_with(module_name: str, replaced: dict[str, Any], *names: str) -> list[Any]:
+    """Those kernels, compiled from the module's source with each replaced function bound to its replacement."""
     original = importlib.import_module(module_name)
     path = Path(str(original.__file__))
     tree = ast.parse(path.read_text(), str(path))
     body: list[ast.stmt] = []
     bound = set()
     for node in tree.body:
-        if isinstance(node, ast.FunctionDef) and (node.name in replaced or _unwanted(node, wanted)):
+        if isinstance(node, ast.FunctionDef) and (node.name in replaced or _unwanted(node, set(names))):
             bound |= {node.name} & set(replaced)
             continue
         body.append(node)
@@ -79,14 +82,15 @@ def _compiled_without(module_name: str, replaced: dict[str, Any], wanted: set[st
                 body.append(ast.parse(f"{name} = _replaced[{name!r}]").body[0])
                 bound.add(name)
     assert bound == set(replaced), f"{module_name} has no {set(replaced) - bound} any more: this removes nothing"
-    assert any(_uses(node, set(replaced)) for node in body if isinstance(node, ast.FunctionDef))
+    used = any(_uses(node, set(replaced)) for node in body if isinstance(node, ast.FunctionDef))
+    assert used or not replaced, f"nothing of {names} uses {set(replaced)}: this removes nothing"
     tree.body = body
-    copy = ModuleType(f"{module_name}_mutant")
+    copy = ModuleType(f"{module_name}_mutant_{next(_numbers)}")
     copy.__dict__.update(_replaced=replaced, **replaced)
     sys.modules[copy.__name__] = copy  # numba looks a function's module up by its name
     with mock.patch.object(jit, "cache_dir", return_value=None):
         exec(compile(ast.fix_missing_locations(tree), str(path), "exec"), copy.__dict__)
-    return copy.__dict__
+    return [getattr(copy, name) for name in names]
 
 
 def _unwanted(node: ast.FunctionDef, wanted: set[str]) -> bool:

@@ -29,14 +29,15 @@ from penstock.runtime.embedded import EmbeddedLink
 from tests.stress.loops import both, keeper_loop, reader_loop, writer_loop
 from tests.stress.mutants import kernels
 
-BLOCK = 4096
-WORDS = BLOCK // 8
+# A short block is read before the last of it has left the writer's write-combining buffers.
+LONG_BLOCK, SHORT_BLOCK = 4096, 512
 READER, WRITER = 0, 1
 ROOT = bytes(range(16))
 # Rounds between two looks at the clock and at the other process.
 BATCH = 20_000
 # More than the caches hold.
 COLD_BYTES = 64 << 20
+JUNK = 4096
 ENOUGH_TORN = 1
 # The mutant that only the second arrangement shows.
 WRITES_APART = {"writer's sfence"}
@@ -45,40 +46,44 @@ WRITES_APART = {"writer's sfence"}
 class Side:
     """What both processes know: the segment, a lane, keys and their blocks."""
 
-    def __init__(self, path: Path, lane: int, epoch: int, space: int, n_keys: int) -> None:
+    def __init__(self, path: Path, lane: int, epoch: int, space: int, n_keys: int, block: int, cold_bytes: int) -> None:
         segment = segments.open_existing(path)
         self.locks = ByteLock(segments.lock_path(path))
         assert self.locks.try_acquire(FIRST_LANE_BYTE + lane)
         self.at = Attachment(segment, self.locks, LaneGrant(lane, epoch))
         segment.close()
-        self.shape = space | BLOCK << 32
+        self.words = block // 8
+        self.shape = space | block << 32
         rng = np.random.default_rng(7)
         self.keys = rng.integers(1, 1 << 63, (n_keys, 2), np.uint64)
-        self.blocks = np.repeat(self.keys[:, :1], WORDS, axis=1)
-        self.sources = self.blocks.ctypes.data + np.arange(n_keys, dtype=np.int64) * BLOCK
+        self.blocks = np.repeat(self.keys[:, :1], self.words, axis=1)
+        self.sources = self.blocks.ctypes.data + np.arange(n_keys, dtype=np.int64) * block
         self.seed = np.array([os.getpid()], np.int64)
-        self.cold = np.zeros(COLD_BYTES // 8, np.int64)
+        self.cold = np.zeros(cold_bytes // 8, np.int64)
+        # Address, bytes of a piece, pieces.
+        at = -(-int(self.cold.ctypes.data) // 64) * 64
+        self.junk = np.array([at, JUNK, max(1, cold_bytes // JUNK - 1)], np.int64)
         self.out = np.zeros(3, np.int64)
         self.slots = np.zeros((64, 3), np.int64)
         self.rows = np.zeros((64, COMMIT_BYTES // 8), np.int64)
         self.rows[:, 0], self.rows[:, 3] = KIND_COMMIT, epoch
         self.rows[:, 6:8] = np.frombuffer(ROOT, np.int64)
-        self.rows[:, 8], self.rows[:, 9] = BLOCK, space
+        self.rows[:, 8], self.rows[:, 9] = block, space
 
     def reading(self, mutant: str) -> tuple[Any, tuple[Any, ...]]:
         """The reader's loop and its arguments; the last two are rounds and results."""
         loop = reader_loop(*kernels("penstock.pool.reader", mutant, "match", "release"))
-        return loop, (self.at.ctx, self.keys, self.shape, WORDS, self.cold, self.seed)
+        return loop, (self.at.ctx, self.keys, self.shape, self.words, self.cold, self.seed)
 
     def writing(self, mutant: str) -> tuple[Any, tuple[Any, ...]]:
         """The writer's loop and its arguments but the rounds."""
         loop = writer_loop(*kernels("penstock.pool.writer", mutant, "take_grants", "publish"))
-        return loop, (self.at.ctx, self.keys, self.sources, WORDS, self.slots, self.rows, self.seed)
+        return loop, (self.at.ctx, self.keys, self.sources, self.words, self.junk, self.slots, self.rows, self.seed)
 
 
-def child(path: str, lane: int, epoch: int, space: int, n_keys: int, mutant: str, writes: bool) -> None:
+def child(path: str, lane: int, epoch: int, space: int, n_keys: int, block: int, mutant: str, writes: bool) -> None:
     """Compile, say so, wait for "go", race until a line comes, print what was seen."""
-    side = Side(Path(path), lane, epoch, space, n_keys)
+    side = Side(Path(path), lane, epoch, space, n_keys, block, COLD_BYTES)
     loop, args = side.writing(mutant) if writes else side.reading(mutant)
     rest = () if writes else (side.out,)
     loop(*args, 1, *rest)
@@ -96,14 +101,16 @@ class Race:
 
     def __init__(self, folder: Path, n_slots: int, mutant: str) -> None:
         self.mutant, self.writes_apart = mutant, mutant in WRITES_APART
-        slab = -(-n_slots * (BLOCK + 64) // 4096) * 4096
+        self.block = SHORT_BLOCK if self.writes_apart else LONG_BLOCK
+        self.cold_bytes = 64 if self.writes_apart else COLD_BYTES
+        slab = -(-n_slots * (4096 + 64) // 4096) * 4096
         self.path = folder / f"race-{n_slots}-{abs(hash(mutant)) % 1000}"
         geometry = Geometry(
             unit_bytes=4096, slab_bytes=slab, n_slabs=1, n_lanes=2, leases=16, ring=16, max_spaces=2
         )  # fmt: skip
         self.link = EmbeddedLink(segments.create(self.path, geometry), segments.lock_path(self.path))
         self.keeper = keeper = self.link.keeper
-        self.space = self.link.space(SpaceOf(b"d" * 32, ROOT, BLOCK, 16, 1, BLOCK)).id
+        self.space = self.link.space(SpaceOf(b"d" * 32, ROOT, self.block, 16, 1, self.block)).id
         keeper.make_room(0, 1)
         assert keeper.authority.n_free(0) == n_slots
         self.lanes = [keeper.open_lane() for _ in range(2)]
@@ -120,7 +127,7 @@ class Race:
         writer_lane = self.lanes[WRITER][0]  # type: ignore[index]
         with self._child(other) as process:
             assert process.stdin is not None and process.stdout is not None
-            side = Side(self.path, *self.lanes[mine], self.space, self.n_keys)  # type: ignore[misc]
+            side = Side(self.path, *self.lanes[mine], self.space, self.n_keys, self.block, self.cold_bytes)  # type: ignore[misc]
             loop, args = side.reading(self.mutant) if self.writes_apart else side.writing(self.mutant)
             own = (*args, self.n_keys, side.out) if self.writes_apart else (*args, 1)
             events = self.keeper.authority.events
@@ -153,7 +160,7 @@ class Race:
 
     def _child(self, role: int) -> subprocess.Popen[bytes]:
         lane, epoch = self.lanes[role]  # type: ignore[misc]
-        what = [str(self.path), lane, epoch, self.space, self.n_keys, self.mutant, role == WRITER]
+        what = [str(self.path), lane, epoch, self.space, self.n_keys, self.block, self.mutant, role == WRITER]
         command = [sys.executable, "-m", "tests.stress.race", "--child", json.dumps(what)]
         return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 

@@ -43,8 +43,8 @@ def _show(console: Console, result: Any) -> None:
 
     model = result.model
     console.print(
-        f"model: {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}; a block is {model['block_tokens']} tokens, "
-        f"{model['block_bytes'] / 1024:g} KiB"
+        f"model: {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}; "
+        f"a block is {model['block_tokens']} tokens, {model['block_bytes'] / 1024:g} KiB"
     )
     table = Table(title="Time to first token", title_justify="left")
     for column in ("prefix", "requests", "hit tokens", "of prompt tokens", "median TTFT ms", "against alone"):
@@ -71,10 +71,10 @@ def _show(console: Console, result: Any) -> None:
 
 
 def _as_json(result: Any) -> dict[str, Any]:
-    from penstock.bench.machine import describe
+    from penstock.bench.machine import describe_machine
 
     return {
-        "machine": describe(),
+        "machine": describe_machine(),
         "model": result.model,
         "equality": result.equality,
         "problems": result.problems,

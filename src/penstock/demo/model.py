@@ -19,8 +19,9 @@ def load_model(model_id: str) -> Any:
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
-    transformers_logging.disable_progress_bar()
-    return AutoModelForCausalLM.from_pretrained(model_id, dtype="auto").eval()
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    model: Any = AutoModelForCausalLM.from_pretrained(model_id, dtype="auto")
+    return model.eval()
 
 
 def load_tokenizer(model_id: str) -> Any:

@@ -6,6 +6,7 @@ or talk to clients (that is `runtime/keeper.py`). Not thread-safe: one keeper, o
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -377,11 +378,14 @@ class Authority:
     def lane_state(self, index: int) -> LaneState:
         return LaneState(peek(self.lane(index) + layout.L_STATE))
 
-    def open_lane(self) -> tuple[int, int] | None:
-        """A free lane, now in use, and its epoch; None if all are taken."""
+    def open_lane(self, locked: Callable[[int], bool] = lambda _: False) -> tuple[int, int] | None:
+        """A free lane that is not `locked`, now in use, and its epoch; None if all are taken.
+
+        A client that still reads a segment which this one replaced holds a lane's lock, and no lane here.
+        """
         for index in range(self.geometry.n_lanes):
             at = self.lane(index)
-            if peek(at + layout.L_STATE) == LaneState.FREE:
+            if peek(at + layout.L_STATE) == LaneState.FREE and not locked(index):
                 epoch = peek(at + layout.L_EPOCH) + 1
                 poke(at + layout.L_EPOCH, epoch)
                 poke_and_fence(at + layout.L_STATE, int(LaneState.USED))

@@ -42,6 +42,8 @@ log = logging.getLogger("penstock.client")
 
 # How long a wait for the keeper sleeps before it looks whether the keeper still lives.
 _WAIT_SLICE_S = 0.1
+# Damaged blocks that are named in the log; further ones are only counted.
+_MAX_TOLD = 1000
 
 # By value; a lookup here costs a tenth of the enum's own.
 _MISSES = {int(miss): miss for miss in Miss}
@@ -99,6 +101,7 @@ class Pool:
         self._handles: dict[bytes, SpaceHandle] = {}
         self._names: dict[int, str] = {}
         self._last_reserve = 0.0
+        self._damage_told: set[bytes] = set()
         self._on_close: list[weakref.finalize[..., object]] = []
         _live_pools.add(self)
 
@@ -180,17 +183,13 @@ class Pool:
         reason = Miss(packed >> (HEAD_BITS + COUNT_BITS))
         return Lease(self, at, handle, packed & HEAD_MASK, packed >> HEAD_BITS & COUNT_MASK, reason)
 
-    def _report_damage(self, at: Attachment, cell: int, i: int) -> None:
-        """Ask the keeper to look at the i-th block from `cell` on, and to drop it if its checksum is wrong."""
-        from penstock.pool.slots import lease_handles
-
-        handles, keys = np.zeros((i + 1, 2), np.int64), np.zeros((i + 1, 2), np.uint64)
-        lease_handles(at.ctx, cell, i + 1, handles, keys)
+    def _report_damage(self, at: Attachment, unit: int, generation: int, key: bytes) -> None:
+        """Ask the keeper to look at a block, and to drop it if its checksum is wrong. Says so once for each key."""
+        if key not in self._damage_told and len(self._damage_told) < _MAX_TOLD:
+            self._damage_told.add(key)
+            log.warning("pool %s: block %s has a wrong checksum; the engine recomputes it", self.name, key.hex())
         rows = np.zeros((1, COMMIT_BYTES // 8), np.int64)
-        rows[0, 0], rows[0, 1], rows[0, 2] = KIND_SUSPECT, handles[i, 0], handles[i, 1]
-        log.warning(
-            "pool %s: block %s has a wrong checksum; the engine recomputes it", self.name, keys[i].tobytes().hex()
-        )
+        rows[0, :3] = KIND_SUSPECT, unit, generation
         self._put(at, rows)
 
     # ---- writing
@@ -208,9 +207,11 @@ class Pool:
         n = min(n, at.geometry.ring)
         self._last_reserve = time.monotonic()
         self._grants.want(handle.slot_class, n)
-        if must_ring(at.ctx):
-            self._link.ring()
         slots = self._grants.pop(handle.slot_class, n)
+        # With enough in hand the keeper learns of the want at the commit: waking it costs as much as copying 512 KiB.
+        if len(slots) < n and must_ring(at.ctx):
+            self._link.ring()
+            slots = np.concatenate([slots, self._grants.pop(handle.slot_class, n - len(slots))])
         while len(slots) < n and self._wait_for_keeper(at, deadline):
             slots = np.concatenate([slots, self._grants.pop(handle.slot_class, n - len(slots))])
         drop = Drop.NONE

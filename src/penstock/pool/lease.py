@@ -45,7 +45,7 @@ class Lease:
     Not thread-safe; different leases of one pool may be used by different threads.
     """
 
-    __slots__ = ("_at", "_cell", "_count", "_handle", "_pins", "_pool", "_slots", "miss")
+    __slots__ = ("_at", "_cell", "_count", "_damaged", "_handle", "_pins", "_pool", "_slots", "miss")
 
     def __init__(self, pool: Pool, at: Attachment, handle: SpaceHandle, cell: int, count: int, miss: Miss) -> None:
         self._pool = pool
@@ -55,6 +55,7 @@ class Lease:
         self._count = count
         self._pins: Pins | None = None
         self._slots: _Slots | None = None
+        self._damaged: tuple[int, int, bytes] | None = None
         self.miss = miss
 
     def __len__(self) -> int:
@@ -99,7 +100,7 @@ class Lease:
             sums = slots.tables[first:stop], slots.keys[first:stop], slots.roots[first:stop]
             if gather_verified(*move, handle.n_segments, *sums, bad, streaming):
                 good = int(bad.argmax())
-                self._damaged(first + good)
+                self._found_damage(first + good)
         else:
             gather(*move, streaming)
         good = min(good, self._still_good(first, good))
@@ -133,7 +134,7 @@ class Lease:
         if not verified:
             return self._count
         good = int(bad.argmax())
-        self._damaged(good)
+        self._found_damage(good)
         return good
 
     def handover(self) -> bytes:
@@ -172,6 +173,9 @@ class Lease:
             release_cells(at.ctx, cell, n)
             if at.dead is not None:
                 at.let_go()
+        if self._damaged is not None and not keep:
+            damaged, self._damaged = self._damaged, None
+            self._pool._report_damage(at, *damaged)
 
     def _refuse_views(self, what: str) -> None:
         if self._pins is not None and (alive := self._pins.alive()):
@@ -219,10 +223,15 @@ class Lease:
             self._count_miss(Miss.CHANGED)
         return int(still)
 
-    def _damaged(self, i: int) -> None:
+    def _found_damage(self, i: int) -> None:
+        """Block i has a wrong checksum. The keeper is told when the lease ends: before that it could not drop it."""
+        from penstock.pool.slots import lease_handles
+
         self.miss = Miss.CHECKSUM
         self._count_miss(Miss.CHECKSUM)
-        self._pool._report_damage(self._at, self._cell, i)
+        handles, keys = np.zeros((self._count, 2), np.int64), np.zeros((self._count, 2), np.uint64)
+        lease_handles(self._at.ctx, self._cell, self._count, handles, keys)
+        self._damaged = (int(handles[i, 0]), int(handles[i, 1]), keys[i].tobytes())
 
     def _count_miss(self, why: Miss) -> None:
         with self._at.lease_lock:

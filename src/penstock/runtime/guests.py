@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import resource
 import select
 import selectors
 import signal
@@ -38,6 +39,9 @@ __all__ = ["Guest", "Guests"]
 log = logging.getLogger("penstock.keeper")
 
 MAX_GUESTS = 1024
+# Descriptors of one guest (socket, bell, pidfd), and those that the keeper needs for everything else.
+_GUEST_FDS = 3
+_OTHER_FDS = 32
 # How long `kick` waits for the killed client's exit.
 KICK_WAIT_MS = 5000
 
@@ -64,6 +68,9 @@ class Guests:
         self._keeper_bell = keeper_bell
         self._selector = selector
         self._guests: set[Guest] = set()
+        # Beyond the limit of open files `accept` fails, and the listener would call for it for ever.
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = max(2, min(MAX_GUESTS, (soft - _OTHER_FDS) // _GUEST_FDS))
         self.refused = 0
         """Connections ended because they did not speak the protocol."""
         self.failed = 0
@@ -74,9 +81,12 @@ class Guests:
     def accept(self, listener: socket.socket) -> None:
         try:
             connection, _ = listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
+        except OSError as error:
+            if not isinstance(error, (BlockingIOError, ConnectionAbortedError)):
+                log.error("a connection cannot be accepted: %s", error)
             return
-        if len(self._guests) >= MAX_GUESTS:
+        if len(self._guests) >= self._most:
+            log.warning("a connection is refused: %d are open; raise the limit of open files", self._most)
             connection.close()
             return
         # A guest that does not read its answers must not hold the keeper up: sends fail instead of waiting.
@@ -116,7 +126,10 @@ class Guests:
             log.exception("a request of pid %d failed", guest.pid)
             reply = Error(f"the keeper failed at this request ({type(error).__name__}); see its log")
         frame = encode(reply)
-        sent = socket.send_fds(guest.socket, [frame], fds) if fds else guest.socket.send(frame)
+        try:
+            sent = socket.send_fds(guest.socket, [frame], fds) if fds else guest.socket.send(frame)
+        except BlockingIOError:
+            sent = 0
         if sent != len(frame):
             raise OSError("it does not read its answers")
 

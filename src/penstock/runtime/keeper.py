@@ -59,6 +59,8 @@ class Keeper:
         self._sleep_number = 0
         self._first_lane = 0
         self._owed: set[int] = set()
+        self.took_commits = False
+        """Whether the last step found commits (or aborts)."""
         self.opening: set[int] = set()
         """Lanes handed out to clients that have not confirmed yet that they hold the lane's lock."""
         self.started_ms = self._now()
@@ -94,10 +96,14 @@ class Keeper:
         """Do what there is to do now. Returns the lanes whose clients wait and for which something was done."""
         survey(self.authority.ctx, self._rows)
         progressed, self._owed = self._owed, set()
-        for lane in np.flatnonzero(self._rows[:, V_COMMITS] | self._rows[:, V_HITS]):
+        active = np.flatnonzero(self._rows[:, V_COMMITS] | self._rows[:, V_HITS])
+        self.took_commits = bool(self._rows[:, V_COMMITS].any())
+        for lane in active:
             self._drain(int(lane))
             progressed.add(int(lane))
         self._drop_damaged()
+        if len(active):
+            survey(self.authority.ctx, self._rows)  # slots that were just filled leave wants behind
         progressed |= self._grant_wanted()
         if not progressed:
             return []
@@ -107,12 +113,19 @@ class Keeper:
         return [lane for lane in progressed if self._rows[lane, V_WAITING]]
 
     def has_work(self) -> bool:
-        """Whether a step would find commits, hits or (grantable) wants."""
-        busy = survey(self.authority.ctx, self._rows)
-        return bool(busy)
+        """Whether a step would find commits. Hits can wait: they only tell what was used."""
+        survey(self.authority.ctx, self._rows)
+        return bool(self._rows[:, V_COMMITS].any())
+
+    def has_hits(self) -> bool:
+        """Whether the last look at the lanes saw hit reports."""
+        return bool(self._rows[:, V_HITS].any())
 
     def announce_sleep(self) -> bool:
-        """Say that the keeper sleeps, then look again. True if it may sleep; False if work came in meanwhile."""
+        """Say that the keeper sleeps, then look again. True if it may sleep; False if work came in meanwhile.
+
+        Hits wake nobody: with `has_hits`, sleep briefly.
+        """
         self._sleep_number += 1
         epoch = peek(self.authority.header(layout.H_KEEPER_EPOCH))
         poke_and_fence(self.authority.header(layout.H_SLEEPING), epoch << 32 | self._sleep_number)
@@ -273,7 +286,7 @@ class Keeper:
 
     def open_lane(self) -> tuple[int, int] | None:
         """A lane for a new client, and its epoch. The client must take the lane's lock and confirm (`confirm_lane`)."""
-        opened = self.authority.open_lane()
+        opened = self.authority.open_lane(self.lane_alive)
         if opened is not None:
             self.opening.add(opened[0])
         return opened

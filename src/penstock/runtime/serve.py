@@ -34,6 +34,12 @@ log = logging.getLogger("penstock.keeper")
 
 # How often the keeper looks for dead clients when nothing wakes it.
 TICK_S = 1.0
+# While commits come in, and this long after, it looks every NAP_S instead of sleeping: a writer that has to wake it for
+# each batch pays for that with tens of microseconds, an eighth of the time that a batch of 4 MiB takes. Idle, it sleeps.
+LINGER_S = 0.001
+NAP_S = 0.0001
+# How long hit reports may wait while blocks are read: a lane's ring holds 4096 of them.
+HITS_S = 0.002
 
 
 class Server:
@@ -48,16 +54,23 @@ class Server:
         self.name = segments.check_name(name)
         self.path = path
         self._stopping = False
-        # One lock keeps two keepers off one segment, the other off one name; neither file is ever unlinked.
-        self._locks = _lock(segments.lock_path(path), f"a keeper serves {path} already")
-        socket_file = socket_path(name, create=True)
-        self._name_lock = _lock(
-            socket_file.with_suffix(".lock"), f"a keeper named {name!r} runs already; choose a --name"
-        )
-        if segments.exists(path) or geometry is None:
-            self.segment = segments.open_existing(path)
+        with contextlib.ExitStack() as undo:
+            # One lock keeps two keepers off one segment, the other off one name; neither file is ever unlinked.
+            self._locks = _lock(segments.lock_path(path), f"a keeper serves {path} already")
+            undo.callback(self._locks.close)
+            socket_file = socket_path(name, create=True)
+            self._name_lock = _lock(
+                socket_file.with_suffix(".lock"), f"a keeper named {name!r} runs already; choose a --name"
+            )
+            undo.callback(self._name_lock.close)
+            self._open(geometry, policy, socket_file)
+            undo.pop_all()
+
+    def _open(self, geometry: Geometry | None, policy: str, socket_file: Path) -> None:
+        if segments.exists(self.path) or geometry is None:
+            self.segment = segments.open_existing(self.path)
         else:
-            self.segment = segments.create(path, geometry)
+            self.segment = segments.create(self.path, geometry)
         self.keeper = Keeper(self.segment, self._locks, policy=policy)
         poke(self.keeper.authority.header(layout.H_KEEPER_PID), os.getpid())
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -68,7 +81,7 @@ class Server:
         self.guests = Guests(self.keeper, self.path, self._bell, self._selector)
         self._toucher_rest = b""
         self._toucher = self._start_toucher()
-        self._next_tick = 0.0
+        self._next_tick = self._linger_until = 0.0
 
     # ---- the loop
 
@@ -85,10 +98,9 @@ class Server:
         os.eventfd_write(self._bell, 1)
 
     def _turn(self) -> None:
-        waiting = self.keeper.step()
-        self.guests.ring(waiting)
-        asleep = self.keeper.announce_sleep()
-        ready = self._selector.select(max(0.0, self._next_tick - time.monotonic()) if asleep else 0)
+        self.guests.ring(self.keeper.step())
+        asleep, timeout_s = self._rest()
+        ready = self._selector.select(timeout_s)
         if asleep:
             with contextlib.suppress(BlockingIOError):
                 os.eventfd_read(self._bell)
@@ -103,6 +115,19 @@ class Server:
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + TICK_S
             self.keeper.reclaim_dead()
+
+    def _rest(self) -> tuple[bool, float]:
+        """After a step: whether the keeper has announced its sleep, and how long `select` may take."""
+        now = time.monotonic()
+        if self.keeper.took_commits:
+            self._linger_until = now + LINGER_S
+        if now < self._linger_until:
+            time.sleep(NAP_S)
+            return False, 0.0
+        if not self.keeper.announce_sleep():
+            return False, 0.0
+        until_tick = max(0.0, self._next_tick - now)
+        return True, min(until_tick, HITS_S) if self.keeper.has_hits() else until_tick
 
     def close(self) -> None:
         """Stop serving; the segment stays. Idempotent."""

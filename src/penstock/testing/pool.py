@@ -207,7 +207,7 @@ class Site:
         It grants and evicts nothing before it hears.
         """
         link = self.link
-        link.keeper = Keeper(link._segment, link._locks, touch=link._touch)
+        link.keeper = Keeper(link._segment, link._locks)
         self.deaf = True
 
     def hear(self) -> None:

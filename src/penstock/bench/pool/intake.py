@@ -108,7 +108,7 @@ class _Rig:
             stack.callback(segment.close)
             locks = ByteLock(segments.lock_path(path))
             stack.callback(locks.close)
-            keeper = Keeper(segment, locks, touch=lambda slab: True)
+            keeper = Keeper(segment, locks)
             sizes = (SPACE.block_bytes, SPACE.block_tokens, SPACE.n_segments, SPACE.segment_bytes)
             row = keeper.space(SPACE.digest(), bytes(root_key(SPACE)), sizes, "bench")
             lanes = [_Lane(_attach(keeper, segment), row.id) for _ in range(CLIENTS)]

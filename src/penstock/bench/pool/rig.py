@@ -73,23 +73,27 @@ def serving(geometry: Geometry) -> Iterator[tuple[str, int]]:
         command = [sys.executable, "-m", "penstock", "serve", "--name", name, "--path", str(path)]
         process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
         try:
-            _wait_until_ready(name, geometry, process)
+            if not _ready(name, geometry, process):
+                log.seek(0)
+                said = log.read().decode(errors="replace").strip().splitlines()[-1:] or ["it said nothing"]
+                raise RuntimeError(f"the keeper did not get ready: {said[0]}")
             yield name, process.pid
         finally:
             process.terminate()
             process.wait()
 
 
-def _wait_until_ready(name: str, geometry: Geometry, process: subprocess.Popen[bytes]) -> None:
+def _ready(name: str, geometry: Geometry, process: subprocess.Popen[bytes]) -> bool:
+    """Wait until the keeper listens and all memory is touched. False when it ended, or the time is over."""
     deadline, wanted = time.monotonic() + _READY_S, geometry.n_slabs * geometry.slab_bytes
     while time.monotonic() < deadline and process.poll() is None:
         try:
             if _touched_bytes(name) >= wanted:
-                return
+                return True
         except PenstockError:
             pass  # not listening yet
         time.sleep(0.1)
-    raise RuntimeError(f"the keeper was not ready after {_READY_S:.0f} s (exit status {process.poll()})")
+    return False
 
 
 def _touched_bytes(name: str) -> int:
