@@ -70,7 +70,7 @@ def by_position(model: Any, tokens: np.ndarray, windows: int) -> dict[str, dict[
     long = torch.cat([token_losses(model, row[None]) for row in whole])
     inputs, targets = whole[:, :-1].reshape(-1, WINDOW), whole[:, 1:].reshape(-1, WINDOW)
     pieces = torch.cat([inputs, targets[:, -1:]], 1)
-    short = torch.cat([token_losses(model, part) for part in pieces.split(8)]).view(windows, length)
+    short = torch.cat([token_losses(model, part) for part in torch.split(pieces, 8)]).view(windows, length)
     return {
         f"{a}-{b}": {name: round(math.exp(x[:, a:b].mean().item()), 3) for name, x in rows}
         for a, b in pairwise(POSITION_EDGES)

@@ -79,11 +79,11 @@ class Stepwise:
 
     def _store(self, address: int, value: int) -> None:
         self._before_store(address)
-        ctypes.c_int64.from_address(address).value = int(value)
+        ctypes.c_int64.from_address(int(address)).value = int(value)
 
     def _store32(self, address: int, value: int) -> None:
         self._before_store(address)
-        ctypes.c_uint32.from_address(address).value = int(value)
+        ctypes.c_uint32.from_address(int(address)).value = int(value)
 
     # ---- what replaces what
 
@@ -91,7 +91,7 @@ class Stepwise:
         primitives: dict[Any, Any] = {
             atomics.load: _load,
             atomics.load_acquire: _load,
-            atomics.load32: lambda address: ctypes.c_uint32.from_address(address).value,
+            atomics.load32: lambda address: ctypes.c_uint32.from_address(int(address)).value,
             atomics.store: self._store,
             atomics.store_release: self._store,
             atomics.store32: self._store32,
@@ -112,11 +112,11 @@ class Stepwise:
 
 
 def _load(address: int) -> int:
-    return ctypes.c_int64.from_address(address).value
+    return ctypes.c_int64.from_address(int(address)).value
 
 
 def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Take arrays of unsigned numbers as the kernels do: as numbers that do not wrap."""
+    """Hand over arrays as kernels see them: their elements are numbers that do not wrap."""
 
     def call(*args: Any) -> Any:
         return function(*(_numbers(arg) if isinstance(arg, np.ndarray) else arg for arg in args))
@@ -125,11 +125,11 @@ def _plain(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _numbers(array: Any) -> Any:
-    return _Unsigned(array) if array.dtype == np.uint32 else array
+    return _Numbers(array) if array.ndim == 1 and array.dtype != np.uint8 else array
 
 
-class _Unsigned:
-    """A uint32 array that is read as Python's numbers."""
+class _Numbers:
+    """A one-dimensional array that is read as Python's numbers."""
 
     def __init__(self, array: Any) -> None:
         self._array, self.size, self.shape = array, array.size, array.shape

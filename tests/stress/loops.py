@@ -12,20 +12,22 @@ from typing import Any
 import numba
 import numpy as np
 
-from penstock.pool.atomics import load, store
+from penstock.pool.atomics import load, load32, store
 from penstock.pool.context import X_UNITS
 from penstock.pool.keeper_context import Y_RECORDS
-from penstock.pool.layout import COMMIT_BYTES, R_STATE, RECORD_BYTES
+from penstock.pool.layout import COMMIT_BYTES, R_KEY, R_STATE, RECORD_BYTES
 from penstock.pool.lookup import READY
 from penstock.pool.reader import COUNT_MASK, HEAD_BITS, HEAD_MASK
 from penstock.pool.slots import _payload_and_table
 from penstock.pool.vector import stream_1
+from penstock.types import event_dtype
 
 Loop = Callable[..., Any]
 
 # How often a reader reads a block that it has leased: longer than a keeper needs to give the slot to somebody else.
 PASSES = 2
 COLD_STORES = 6
+EVENT_UNIT = int(event_dtype.fields["unit"][1])  # type: ignore[index]
 # Seeds of the loops' dice (a linear congruential generator with Knuth's constants).
 _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
 
@@ -105,13 +107,12 @@ def keeper_loop(evict: Any, grant: Any, apply_commits: Any) -> Loop:
 
 
 def writer_loop(take_grants: Any, publish: Any) -> Loop:
-    """(ctx, keys, sources, words, junk, slots, rows, seed, rounds): fill what was granted with blocks at random, past the
-    cache, and publish them. `rows` are commit entries that are complete but for unit, generation and key; `junk` is
-    memory that is streamed to itself first, so that the block's lines queue behind it on their way to memory."""
+    """(ctx, keys, sources, words, slots, rows, seed, rounds): fill what was granted with blocks at random, past the
+    cache, and publish them. `rows` are commit entries that are complete but for unit, generation and key."""
 
     @numba.njit(nogil=True)
     def run(
-        ctx: int, keys: Any, sources: Any, words: int, junk: Any, slots: Any, rows: Any, seed: Any, rounds: int
+        ctx: int, keys: Any, sources: Any, words: int, slots: Any, rows: Any, seed: Any, rounds: int
     ) -> None:  # fmt: skip
         table = np.zeros(2, np.int64)
         at = rows.ctypes.data
@@ -120,8 +121,6 @@ def writer_loop(take_grants: Any, publish: Any) -> Loop:
             for i in range(n):
                 k = dice(seed, keys.shape[0])
                 payload, _table = _payload_and_table(ctx, slots[i, 0])
-                table[0] = table[1] = junk[0] + dice(seed, junk[2]) * junk[1]
-                stream_1(table.ctypes.data, table.ctypes.data + 8, 0, junk[1] // 64)
                 table[0], table[1] = sources[k], payload
                 stream_1(table.ctypes.data, table.ctypes.data + 8, 0, words // 8)
                 entry = at + i * COMMIT_BYTES
@@ -131,6 +130,26 @@ def writer_loop(take_grants: Any, publish: Any) -> Loop:
                 store(entry + 40, np.int64(keys[k, 1]))
             if n > 0:
                 publish(ctx, at, n)
+
+    return run
+
+
+def newest_loop(match: Any, release: Any) -> Loop:
+    """(ctx, keeper's ctx, events, key, shape, words, out): lease and read the block that the keeper took in last, which is
+    the earliest that anybody can see it. `key` is room for one. out: reads, torn."""
+
+    @numba.njit(nogil=True)
+    def run(ctx: int, keeper: int, events: int, key: Any, shape: int, words: int, out: Any) -> None:
+        record = load(keeper + Y_RECORDS) + load32(events + EVENT_UNIT) * RECORD_BYTES
+        key[0, 0], key[0, 1] = np.uint64(load(record + R_KEY)), np.uint64(load(record + R_KEY + 8))
+        packed = match(ctx, key, shape)
+        if packed >> HEAD_BITS & COUNT_MASK == 1:
+            cell = packed & HEAD_MASK
+            payload, _table = _payload_and_table(ctx, load(load(ctx + X_UNITS) + 8 * cell))
+            if other_words(payload, words, np.int64(key[0, 0]), 1) != 0:
+                out[1] += 1
+            out[0] += 1
+            release(ctx, cell, 1)
 
     return run
 
@@ -147,4 +166,4 @@ def both(first: Loop, second: Loop) -> Callable[[tuple[Any, ...], tuple[Any, ...
     return run  # type: ignore[no-any-return]
 
 
-__all__ = ["Loop", "both", "keeper_loop", "reader_loop", "writer_loop"]
+__all__ = ["Loop", "both", "keeper_loop", "newest_loop", "reader_loop", "writer_loop"]

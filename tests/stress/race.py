@@ -2,7 +2,7 @@
 
 The parent is the keeper. In one arrangement it is also the writer and the child reads; in the other, which shows stores
 that are not ordered before their publication, it also reads and the child writes. Prints one JSON object per
-mutant; a mutant's race ends with its first torn reads, that of the real code ("") after the whole time.
+mutant; a mutant's race ends with its first torn reads, that of the real code ("" or "apart") after the whole time.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from penstock.pool.layout import COMMIT_BYTES, KIND_COMMIT, Geometry
 from penstock.pool.locks import FIRST_LANE_BYTE, ByteLock
 from penstock.pool.wire import SpaceOf
 from penstock.runtime.embedded import EmbeddedLink
-from tests.stress.loops import both, keeper_loop, reader_loop, writer_loop
+from tests.stress.loops import both, keeper_loop, newest_loop, reader_loop, writer_loop
 from tests.stress.mutants import kernels
 
 # A short block is read before the last of it has left the writer's write-combining buffers.
@@ -37,10 +37,9 @@ ROOT = bytes(range(16))
 BATCH = 20_000
 # More than the caches hold.
 COLD_BYTES = 64 << 20
-JUNK = 4096
 ENOUGH_TORN = 1
-# The mutant that only the second arrangement shows.
-WRITES_APART = {"writer's sfence"}
+# The mutant that only the second arrangement shows, and the name of the real code in it.
+WRITES_APART = {"writer's sfence", "apart"}
 
 
 class Side:
@@ -60,9 +59,6 @@ class Side:
         self.sources = self.blocks.ctypes.data + np.arange(n_keys, dtype=np.int64) * block
         self.seed = np.array([os.getpid()], np.int64)
         self.cold = np.zeros(cold_bytes // 8, np.int64)
-        # Address, bytes of a piece, pieces.
-        at = -(-int(self.cold.ctypes.data) // 64) * 64
-        self.junk = np.array([at, JUNK, max(1, cold_bytes // JUNK - 1)], np.int64)
         self.out = np.zeros(3, np.int64)
         self.slots = np.zeros((64, 3), np.int64)
         self.rows = np.zeros((64, COMMIT_BYTES // 8), np.int64)
@@ -75,15 +71,21 @@ class Side:
         loop = reader_loop(*kernels("penstock.pool.reader", mutant, "match", "release"))
         return loop, (self.at.ctx, self.keys, self.shape, self.words, self.cold, self.seed)
 
+    def reading_newest(self, keeper: int, events: int) -> tuple[Any, tuple[Any, ...]]:
+        """The loop of a reader that shares a thread with the keeper, and all its arguments."""
+        loop = newest_loop(*kernels("penstock.pool.reader", "", "match", "release"))
+        key = np.zeros((1, 2), np.uint64)
+        return loop, (self.at.ctx, keeper, events, key, self.shape, self.words, self.out)
+
     def writing(self, mutant: str) -> tuple[Any, tuple[Any, ...]]:
         """The writer's loop and its arguments but the rounds."""
         loop = writer_loop(*kernels("penstock.pool.writer", mutant, "take_grants", "publish"))
-        return loop, (self.at.ctx, self.keys, self.sources, self.words, self.junk, self.slots, self.rows, self.seed)
+        return loop, (self.at.ctx, self.keys, self.sources, self.words, self.slots, self.rows, self.seed)
 
 
 def child(path: str, lane: int, epoch: int, space: int, n_keys: int, block: int, mutant: str, writes: bool) -> None:
     """Compile, say so, wait for "go", race until a line comes, print what was seen."""
-    side = Side(Path(path), lane, epoch, space, n_keys, block, COLD_BYTES)
+    side = Side(Path(path), lane, epoch, space, n_keys, block, 64 if writes else COLD_BYTES)
     loop, args = side.writing(mutant) if writes else side.reading(mutant)
     rest = () if writes else (side.out,)
     loop(*args, 1, *rest)
@@ -128,12 +130,15 @@ class Race:
         with self._child(other) as process:
             assert process.stdin is not None and process.stdout is not None
             side = Side(self.path, *self.lanes[mine], self.space, self.n_keys, self.block, self.cold_bytes)  # type: ignore[misc]
-            loop, args = side.reading(self.mutant) if self.writes_apart else side.writing(self.mutant)
-            own = (*args, self.n_keys, side.out) if self.writes_apart else (*args, 1)
-            events = self.keeper.authority.events
+            events, ctx = self.keeper.authority.events, self.keeper.authority.ctx
+            if self.writes_apart:
+                loop, own = side.reading_newest(ctx, events.ctypes.data)
+            else:
+                loop, args = side.writing(self.mutant)
+                own = (*args, 1)
             marks = np.zeros(self.keeper.geometry.n_units, np.uint8)
             keeping = (
-                self.keeper.authority.ctx, writer_lane, 0, self.starts, marks, events.ctypes.data, len(events),
+                ctx, writer_lane, 0, self.starts, marks, events.ctypes.data, len(events),
                 side.cold, self.seed, 1, side.out,
             )  # fmt: skip
             run = both(keeper, loop)

@@ -36,9 +36,9 @@ def race(mutant: str, slots: int, seconds: float) -> dict[str, Any]:
     return result
 
 
-@pytest.mark.parametrize("slots", [2, 4])
-def test_nothing_is_torn(slots: int) -> None:
-    result = race("", slots, 3)
+@pytest.mark.parametrize(("real", "slots"), [("", 2), ("", 4), ("apart", 2)])
+def test_nothing_is_torn(real: str, slots: int) -> None:
+    result = race(real, slots, 3)
     assert result["reads"] > 0 and result["evicted"] > 0
     assert result["torn"] == 0
 
@@ -47,15 +47,16 @@ def test_nothing_is_torn(slots: int) -> None:
 def test_every_part_is_needed(mutant: str, scale: Scale) -> None:
     result = race(mutant, 2 if mutant == "writer's sfence" else 4, scale.of(15, 60))
     if mutant not in CERTAIN and not result["torn"]:
-        pytest.skip(f"without the {mutant} nothing was torn in {result}; the protocol's model fails without it")
+        pytest.skip(f"not shown on this machine within the time: without the {mutant} nothing was torn in {result}")
     assert result["torn"] > 0
 
 
 @pytest.mark.faults
 @pytest.mark.parametrize("slots", [2, 3, 8, 16])
-def test_nothing_is_torn_at_length(slots: int, scale: Scale) -> None:
+@pytest.mark.parametrize("real", ["", "apart"])
+def test_nothing_is_torn_at_length(real: str, slots: int, scale: Scale) -> None:
     if not scale.full:
         pytest.skip("PENSTOCK_TEST_SCALE=full runs it")
-    result = race("", slots, 30)
+    result = race(real, slots, 20)
     assert result["reads"] > 0 and result["evicted"] > 0
     assert result["torn"] == 0

@@ -46,8 +46,8 @@ def _show(console: Console, result: Any) -> None:
         f"model: {model['parameters'] / 1e6:.1f} M parameters, {model['dtype']}; "
         f"a block is {model['block_tokens']} tokens, {model['block_bytes'] / 1024:g} KiB"
     )
-    table = Table(title="Time to first token", title_justify="left")
-    for column in ("prefix", "requests", "hit tokens", "of prompt tokens", "median TTFT ms", "against alone"):
+    table = Table(title="Time to first token (median)", title_justify="left")
+    for column in ("prefix", "requests", "hit", "of tokens", "TTFT ms", "of alone"):
         table.add_column(column, justify="left" if column == "prefix" else "right")
     alone = result.median_ms(None)
     prompts = sum(one.prompt_tokens for one in result.outcomes)

@@ -112,8 +112,8 @@ def _converse(
     )  # fmt: skip
     expectation = Expectation(facts["block_tokens"])
     total = story.n_requests
-    for engine in engines:  # the first call of a model is slow for reasons of its own
-        engine.ask("generate", tokens=[1, 2, 3], new_tokens=2, alone=True, session="warm-up")
+    for engine in engines:  # the first long prompt is slow for reasons of the model's own
+        engine.ask("generate", tokens=story.longest()[::-1], new_tokens=2, alone=True, session="warm-up")
     kill_at = total // 2
     restart_at = min(kill_at + 2, total - 1)
     for done, turn in enumerate(story.turns()):

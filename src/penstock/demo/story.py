@@ -61,6 +61,10 @@ class Story:
             # An odd number of conversations alternates by itself; an even one would give each to one engine.
             count += len(self._history) % 2 == 0
 
+    def longest(self) -> list[int]:
+        """The longest of the first prompts."""
+        return max(self._history.values(), key=len)
+
     def answered(self, turn: Turn, tokens: list[int]) -> None:
         """The conversation goes on after these tokens."""
         self._history[turn.conversation] += tokens

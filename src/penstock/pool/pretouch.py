@@ -2,7 +2,7 @@
 
 A store into a page that tmpfs cannot provide kills the process with SIGBUS, so every page is allocated first, which
 fails with an error instead, and touched, because a first touch costs twenty times a warm copy. A process of its own
-does it in pieces of 2 MiB: from a thread of the keeper it triples the readers' p99. Nothing here changes a byte, so a
+does it in small pieces: from a thread of the keeper it triples the readers' p99. Nothing here changes a byte, so a
 pre-toucher that outlives its keeper does no harm.
 
 Prints the offset reached after each piece; the keeper reads that and hands out what lies below.
@@ -11,26 +11,26 @@ Prints the offset reached after each piece; the keeper reads that and hands out 
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import sys
 
-from penstock.pool.layout import HUGE_PAGE, PAGE
+from penstock.pool.huge import allocate
+from penstock.pool.layout import HUGE_PAGE
 
 __all__ = ["touch_range"]
+
+# Small, as readers are disturbed by large ones; several huge pages, as asking for them waits for every processor once.
+_PIECE = 4 * HUGE_PAGE
 
 
 def touch_range(fd: int, start: int, size: int) -> bool:
     """Allocate and touch a page-aligned range of a file. False if the file system is full."""
     try:
-        os.posix_fallocate(fd, start, size)
+        allocate(fd, start, size)
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.ENOMEM, errno.EDQUOT):
             return False
         raise
-    with mmap.mmap(fd, size, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ, offset=start) as mapped:
-        # A read allocates and clears a page of a shared mapping as well as a write does.
-        bytes(mapped[::PAGE])
     return True
 
 
@@ -41,7 +41,7 @@ def main(path: str, start: int) -> int:
     end = os.fstat(fd).st_size
     at = start
     while at < end:
-        piece = min(HUGE_PAGE, end - at)
+        piece = min(_PIECE, end - at)
         if not touch_range(fd, at, piece):
             return 1
         at += piece

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from penstock.errors import ConfigError, Damaged, FormatMismatch, NoPool, NoSpaceLeft, NotOurs
 from penstock.pool import layout
+from penstock.pool.huge import allocate, map_for_huge_pages
 from penstock.pool.layout import Geometry
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,39}\Z")
@@ -70,12 +71,12 @@ class Segment:
 
     def map(self, offset: int, size: int, *, writable: bool, fork: bool = True) -> Mapping:
         """Map a range (page-aligned). Left out of core dumps; with fork=False also of forked children."""
-        protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-        mapped = mmap.mmap(self.fd, size, flags=mmap.MAP_SHARED, prot=protection, offset=offset)
+        mapped, start = map_for_huge_pages(self.fd, offset, size, writable=writable)
         mapped.madvise(mmap.MADV_DONTDUMP)
         if not fork:
             mapped.madvise(mmap.MADV_DONTFORK)
-        array = np.frombuffer(mapped, np.uint8)
+        array = np.frombuffer(mapped, np.uint8)[start : start + size]
+        array.flags.writeable = writable
         return Mapping(array, array.ctypes.data)
 
     def close(self) -> None:
@@ -96,7 +97,7 @@ def create(path: Path, geometry: Geometry) -> Segment:
     try:
         os.ftruncate(fd, 0)
         os.ftruncate(fd, geometry.total_bytes)
-        os.posix_fallocate(fd, 0, geometry.data_offset)
+        allocate(fd, 0, geometry.data_offset)
         identity = uuid_module.uuid4().bytes
         page = bytearray(layout.PAGE)
         for offset, field in _HEADER_WORDS:
