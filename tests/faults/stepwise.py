@@ -28,7 +28,7 @@ Hook = Callable[[Mapping], None]
 class Stepwise:
     """Kernels as Python functions, with a hook before each store into a mapped segment.
 
-    `edits` replaces text in a kernel's source first, {(module, function): (old, new)}: for showing that a check notices.
+    `edits` replaces text in a kernel's source first, {(module, function): (old, new)}, to show that a check notices.
     """
 
     def __init__(self, hook: Hook, edits: dict[tuple[str, str], tuple[str, str]] | None = None) -> None:

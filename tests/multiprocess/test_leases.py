@@ -238,3 +238,18 @@ def test_read_views_are_read_only_and_slots_with_views_are_not_committed(pool: p
         assert reservation.commit(keys) == 1
     assert pool.flush(PATIENCE_S)
     assert_resident(pool, handle, keys)
+
+
+def test_a_pool_that_is_forgotten_gives_its_lane_back_with_the_last_view(keeper: Keeper) -> None:
+    pool = keeper.open("forgetful")
+    handle = pool.space(SPACE)
+    must_store(pool, handle, KEYS)
+    view = pool.match(handle, KEYS).views(2)
+    del pool, handle
+    gc.collect()
+    assert [row["alive"] for row in keeper.stat()["clients"]] == [True]
+    assert np.array_equal(view, contents(KEYS.array)[2])
+    del view
+    gc.collect()
+    until(lambda: keeper.stat()["clients"] == [], "nobody holds the lane")
+    assert keeper.fsck()["blocks"] == len(KEYS)

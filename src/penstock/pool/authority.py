@@ -14,75 +14,33 @@ import numpy.typing as npt
 
 from penstock.errors import ConfigError, KeeperError
 from penstock.pool import layout
-from penstock.pool.apply import EVENT_BYTES, apply_commits, take_hits
+from penstock.pool.apply import apply_commits, take_hits
 from penstock.pool.cells import clear, peek, poke, poke_and_fence
+from penstock.pool.counting import keeper_counters, lane_counters
 from penstock.pool.evict import evict, free_granted, grant
+from penstock.pool.keeper_columns import keeper_context, private_columns
 from penstock.pool.keeper_context import (
     G_DEPARTED,
     G_EVICTION,
     G_RECLAIMED_LANES,
     G_RECLAIMED_SLOTS,
-    KEEPER_CELLS,
-    Y_COMMITS_AT,
-    Y_COUNTERS,
-    Y_DIRECTORY,
-    Y_FREE_HEAD,
-    Y_GRANTS_AT,
-    Y_HEADER,
-    Y_HITS_AT,
-    Y_HOLDER,
-    Y_LANE_BYTES,
-    Y_LANES,
-    Y_LEASES_AT,
-    Y_MASK,
-    Y_MAX_SPACES,
-    Y_MAX_SUSPECTS,
-    Y_N_FREE,
     Y_N_GRANTED,
-    Y_N_LANES,
-    Y_N_LEASES,
     Y_N_READY,
     Y_N_SUSPECTS,
-    Y_N_UNITS,
-    Y_NEXT_FREE,
-    Y_OUTSTANDING,
-    Y_PARENT,
-    Y_RECORDS,
-    Y_RING_MASK,
-    Y_SLAB_USED,
-    Y_SLABS,
-    Y_SPACES,
     Y_STAMP,
-    Y_SUSPECTS,
-    Y_UNIT_BYTES,
-    Y_UNITS_PER_SLAB,
 )
 from penstock.pool.layout import N_CLASSES, LaneState, SlotShape, plan_slots
 from penstock.pool.recover import list_blocks, pull_free_slab, push_free_slab, repair_directory, settle_records
 from penstock.pool.segment import Segment
+from penstock.pool.spaces import SpaceRow, read_spaces
 from penstock.types import Eviction, event_dtype
+
+__all__ = ["Authority", "Events", "Survivors"]
 
 Events = npt.NDArray[np.void]
 
-# Reports of damage kept at once; more are forgotten, and reported again by whoever reads the block next.
-_MAX_SUSPECTS = 1024
 _MOST_COUNTED = 1 << 60
 _LOW63 = (1 << 63) - 1
-
-
-@dataclass(frozen=True, slots=True)
-class SpaceRow:
-    """A space as the segment records it."""
-
-    id: int
-    digest: bytes
-    root: bytes
-    block_bytes: int
-    block_tokens: int
-    n_segments: int
-    segment_bytes: int
-    slot_class: int
-    label: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,8 +60,8 @@ class Authority:
         self.segment = segment
         self.geometry = geometry = segment.geometry
         self.mapping = segment.map(0, geometry.total_bytes, writable=True)
-        self._private = _private_columns(geometry)
-        self._cells = _context(self.mapping.address, geometry, self._private)
+        self._private = private_columns(geometry)
+        self._cells = keeper_context(self.mapping.address, geometry, self._private)
         self.ctx = int(self._cells.ctypes.data)
         self._marks = np.zeros(geometry.n_units, np.uint8)
         self.events = np.zeros(max(geometry.ring, 4096), event_dtype)
@@ -326,13 +284,30 @@ class Authority:
         if min(sizes) < 1 or n_segments * segment_bytes != block_bytes or len(digest) != 32 or len(root) != 16:
             raise ConfigError(f"{n_segments} segments of {segment_bytes} bytes are not a block of {block_bytes}")
         slot_class = self._class_for(plan_slots(self.geometry, block_bytes, n_segments))
-        free = next((i for i in range(self.geometry.max_spaces) if peek(self._space_at(i)) == 0), None)
-        if free is None:
-            raise KeeperError(f"all {self.geometry.max_spaces} spaces of this pool are in use; recreate it")
+        free = self._free_space_row()
         row = SpaceRow(free, digest, root, *sizes, slot_class, label[:60])
         self._write_space(row)
         self.spaces[digest] = row
         return row
+
+    def _free_space_row(self) -> int:
+        """A row without a space; if there is none, that of a space without blocks.
+
+        A client that still has the old space open cannot do harm with its number: its chains grow from another root, so
+        whatever it commits is refused as an orphan.
+        """
+        for index in range(self.geometry.max_spaces):
+            if peek(self._space_at(index)) == 0:
+                return index
+        words = self.records()[:, layout.R_STATE // 8]
+        ready = words[(words & np.uint64(0xFF)) == layout.SlotState.READY]
+        in_use = {int(number) for number in np.unique(ready >> np.uint64(32))}
+        for row in self.spaces.values():  # in the order they were registered
+            if row.id not in in_use:
+                poke(self._space_at(row.id), 0)
+                del self.spaces[row.digest]
+                return row.id
+        raise KeeperError(f"all {self.geometry.max_spaces} spaces of this pool hold blocks; recreate it")
 
     def _class_for(self, shape: SlotShape) -> int:
         if shape in self.shapes:
@@ -367,11 +342,19 @@ class Authority:
         self.spaces = {row.digest: row for row in read_spaces(self.mapping.array, self.geometry)}
 
     def _read_shapes(self) -> None:
-        """Classes are numbered in the order their first space was registered; the spaces say which sizes they are."""
-        by_class = {
+        """Classes are numbered as they were first needed; spaces and slabs say which sizes they have."""
+        found = {
             row.slot_class: plan_slots(self.geometry, row.block_bytes, row.n_segments) for row in self.spaces.values()
         }
-        self.shapes = [by_class[number] for number in range(len(by_class))]
+        for slab in range(self.geometry.n_slabs):
+            row = self._slab_row(slab)
+            number = peek(row + layout.B_CLASS) - 1
+            if number >= 0:
+                stride, table, slots = (peek(row + at) for at in (layout.B_STRIDE, layout.B_TABLE, layout.B_SLOTS))
+                found[number] = SlotShape(stride, table, slots)
+        # A number that neither uses any more is free for any size; the smallest will do.
+        unused = plan_slots(self.geometry, self.geometry.unit_bytes, 1)
+        self.shapes = [found.get(number, unused) for number in range(max(found, default=-1) + 1)]
 
     # ---- lanes
 
@@ -426,96 +409,3 @@ class Authority:
     def evictions(self) -> dict[str, int]:
         counters = self.counters()
         return {why.name.lower(): int(counters[G_EVICTION + why]) for why in Eviction}
-
-
-def keeper_counters(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
-    """The counters page of a mapped segment. A reader may see counts of a batch that is still being applied."""
-    at = layout.COUNTERS_OFFSET
-    return array[at : at + 8 * layout.N_COUNTERS].view(np.uint64)
-
-
-def lane_counters(array: npt.NDArray[np.uint8], geometry: layout.Geometry, index: int) -> npt.NDArray[np.uint64]:
-    """A lane's counters in a segment mapped from its start."""
-    at = geometry.lanes_offset + index * geometry.lane_bytes + layout.L_COUNTERS
-    return array[at : at + 8 * layout.LANE_COUNTERS].view(np.uint64)
-
-
-def read_spaces(array: npt.NDArray[np.uint8], geometry: layout.Geometry) -> list[SpaceRow]:
-    """The registered spaces of a segment mapped from its start."""
-    rows = []
-    for index in range(geometry.max_spaces):
-        at = geometry.spaces_offset + index * layout.SPACE_BYTES
-        row = array[at : at + layout.SPACE_BYTES]
-        words = row.view(np.uint64)
-        if words[0] != 1:
-            continue
-        sizes = (int(words[cell // 8]) for cell in (layout.S_BLOCK_BYTES, layout.S_BLOCK_TOKENS, layout.S_SEGMENTS))
-        block_bytes, block_tokens, n_segments = sizes
-        rows.append(
-            SpaceRow(
-                index,
-                row[layout.S_DIGEST : layout.S_DIGEST + 32].tobytes(),
-                row[layout.S_ROOT : layout.S_ROOT + 16].tobytes(),
-                block_bytes,
-                block_tokens,
-                n_segments,
-                int(words[layout.S_SEGMENT_BYTES // 8]),
-                int(words[layout.S_CLASS // 8]),
-                row[layout.S_LABEL : layout.S_LABEL + 64].tobytes().rstrip(b"\0").decode(errors="replace"),
-            )
-        )
-    return rows
-
-
-def _private_columns(geometry: layout.Geometry) -> dict[str, npt.NDArray[np.int64]]:
-    return {
-        "next_free": np.full(geometry.n_units, -1, np.int64),
-        "holder": np.zeros(geometry.n_units, np.int64),
-        "parent": np.full(geometry.n_units, -1, np.int64),
-        "free_head": np.full(N_CLASSES, -1, np.int64),
-        "n_free": np.zeros(N_CLASSES, np.int64),
-        "outstanding": np.zeros(geometry.n_lanes * N_CLASSES, np.int64),
-        "slab_used": np.zeros(geometry.n_slabs, np.int64),
-        "suspects": np.zeros(_MAX_SUSPECTS, np.int64),
-    }
-
-
-def _context(base: int, geometry: layout.Geometry, private: dict[str, npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    cells = np.zeros(KEEPER_CELLS, np.int64)
-    values = {
-        Y_HEADER: base,
-        Y_COUNTERS: base + layout.COUNTERS_OFFSET,
-        Y_SPACES: base + geometry.spaces_offset,
-        Y_SLABS: base + geometry.slabs_offset,
-        Y_RECORDS: base + geometry.records_offset,
-        Y_DIRECTORY: base + geometry.directory_offset,
-        Y_LANES: base + geometry.lanes_offset,
-        Y_MASK: geometry.n_buckets - 1,
-        Y_N_UNITS: geometry.n_units,
-        Y_UNITS_PER_SLAB: geometry.units_per_slab,
-        Y_UNIT_BYTES: geometry.unit_bytes,
-        Y_LANE_BYTES: geometry.lane_bytes,
-        Y_N_LANES: geometry.n_lanes,
-        Y_RING_MASK: geometry.ring - 1,
-        Y_LEASES_AT: geometry.lease_table_offset,
-        Y_COMMITS_AT: geometry.commit_ring_offset,
-        Y_GRANTS_AT: geometry.grant_ring_offset,
-        Y_HITS_AT: geometry.hit_ring_offset,
-        Y_N_LEASES: geometry.leases,
-        Y_MAX_SPACES: geometry.max_spaces,
-        Y_NEXT_FREE: private["next_free"].ctypes.data,
-        Y_HOLDER: private["holder"].ctypes.data,
-        Y_PARENT: private["parent"].ctypes.data,
-        Y_FREE_HEAD: private["free_head"].ctypes.data,
-        Y_N_FREE: private["n_free"].ctypes.data,
-        Y_OUTSTANDING: private["outstanding"].ctypes.data,
-        Y_SLAB_USED: private["slab_used"].ctypes.data,
-        Y_SUSPECTS: private["suspects"].ctypes.data,
-        Y_MAX_SUSPECTS: _MAX_SUSPECTS,
-    }
-    for offset, value in values.items():
-        cells[offset // 8] = value
-    return cells
-
-
-__all__ = ["EVENT_BYTES", "Authority", "Events", "SpaceRow", "Survivors"]

@@ -45,6 +45,7 @@ _WAIT_SLICE_S = 0.1
 # Damaged blocks that are named in the log; further ones are only counted.
 _MAX_TOLD = 1000
 
+_NO_INTENT = [0] * 5
 # By value; a lookup here costs a tenth of the enum's own.
 _MISSES = {int(miss): miss for miss in Miss}
 
@@ -265,19 +266,15 @@ class Pool:
     def _publish(self, reservation: Reservation, keys: KeyChain, n: int, intent: Intent | None) -> int:
         """Commit the first n slots of a reservation. Slots that find no room in the ring are kept for the next one."""
         handle, at = reservation._handle, reservation._at
-        rows = np.zeros((n, COMMIT_BYTES // 8), np.int64)
-        rows[:, 0] = KIND_COMMIT
+        said = self._intent_words(intent) if intent is not None else _NO_INTENT
+        rows = np.empty((n, COMMIT_BYTES // 8), np.int64)
+        rows[:] = (KIND_COMMIT, 0, 0, at.given.epoch, 0, 0, 0, 0, handle.block_bytes, handle.id, 0, *said)
         rows[:, 1] = reservation._units[:n]
         rows[:, 2] = reservation._generations[:n]
-        rows[:, 3] = at.given.epoch
         rows[:, 4:6] = keys.array.view(np.int64)
         rows[0, 6:8] = np.frombuffer(keys.parent, np.int64)
         rows[1:, 6:8] = rows[:-1, 4:6]
-        rows[:, 8] = handle.block_bytes
-        rows[:, 9] = handle.id
         rows[:, 10] = reservation._roots[:n].view(np.int64)
-        if intent is not None:
-            rows[:, 11:16] = self._intent_words(intent)
         done = self._put(at, rows)
         while done < n and self._wait_for_keeper(at, reservation._deadline):
             done += self._put(at, rows[done:])
@@ -403,6 +400,12 @@ class Pool:
     def _require_open(self) -> None:
         if self._at.dead is not None:
             raise PoolClosed(f"pool {self.name!r} is closed here ({self._at.dead.name.lower()}); open it again")
+
+    def __del__(self) -> None:
+        # Leases, reservations and views refer to the pool, so none of them stands: the lane can go.
+        at = getattr(self, "_at", None)
+        if at is not None and at.dead is None:
+            at.end()
 
     def __enter__(self) -> Pool:
         return self

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from penstock.pool import context, keeper_context
+from penstock.pool import context, keeper_context, layout
 from penstock.types import Drop, Eviction, Miss
 
-__all__ = ["keeper_report", "lane_report"]
+__all__ = ["keeper_counters", "keeper_report", "lane_counters", "lane_report"]
 
 _LANE = {
     "lookups": context.K_LOOKUPS,
@@ -50,3 +50,15 @@ def keeper_report(counters: npt.NDArray[np.uint64]) -> dict[str, int]:
     report |= {f"refused.{why.name.lower()}": int(counters[keeper_context.G_DROP + why]) for why in Drop if why}
     report |= {f"evicted.{why.name.lower()}": int(counters[keeper_context.G_EVICTION + why]) for why in Eviction}
     return report
+
+
+def keeper_counters(array: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint64]:
+    """The counters page of a mapped segment. A reader may see counts of a batch that is still being applied."""
+    at = layout.COUNTERS_OFFSET
+    return array[at : at + 8 * layout.N_COUNTERS].view(np.uint64)
+
+
+def lane_counters(array: npt.NDArray[np.uint8], geometry: layout.Geometry, index: int) -> npt.NDArray[np.uint64]:
+    """A lane's counters in a segment mapped from its start."""
+    at = geometry.lanes_offset + index * geometry.lane_bytes + layout.L_COUNTERS
+    return array[at : at + 8 * layout.LANE_COUNTERS].view(np.uint64)

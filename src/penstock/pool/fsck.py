@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.pool import layout
-from penstock.pool.authority import SpaceRow, read_spaces
 from penstock.pool.layout import BUCKET_ENTRIES, Geometry, LaneState, SlotState
+from penstock.pool.spaces import SpaceRow, read_spaces
 
 __all__ = ["check_segment", "checksums"]
 

@@ -88,6 +88,6 @@ class GrantStore:
     def _take(self) -> None:
         n = take_grants(self._at.ctx, self._taken)
         taken = self._taken[:n]
-        for slot_class in set(taken[:, 1].tolist()):
+        for slot_class in set(taken[:, 1].tolist()):  # np.unique takes longer than all the rest
             slots = taken[taken[:, 1] == slot_class][:, ::2]
             self._free[slot_class] = np.concatenate([self._free[slot_class], slots])

@@ -1,9 +1,9 @@
 """Mappings that huge pages fit into, and memory that is made of them.
 
-A page of 4 KiB costs a copy or a lookup in a large pool a walk through the page tables; one of 2 MiB spares nearly all of
-them. tmpfs gives huge pages to nobody who does not ask (`shmem_enabled` is mostly `never`), but MADV_COLLAPSE (Linux 6.1)
-does, for memory that is there already; whoever maps it later gets them too, if address and offset agree modulo 2 MiB.
-Where the system refuses, everything works as before, a little slower.
+Each page of 4 KiB costs a copy or a lookup in a large pool a walk through the page tables, each new one a fault; pages
+of 2 MiB spare nearly all of that. tmpfs gives them to nobody by itself (`shmem_enabled` is mostly `never`), but
+MADV_COLLAPSE (Linux 6.1) makes them, and whoever maps them later has them too, if address and offset agree modulo
+2 MiB. Where the system refuses, everything works as before, a little slower.
 """
 
 from __future__ import annotations

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import select
@@ -62,6 +61,8 @@ class SocketLink:
         self.name = name
         self.alive = False
         self._asking = threading.Lock()
+        # Bells are used under this lock: a closed descriptor's number may be another file's a moment later.
+        self._bells = threading.Lock()
         self._connection: Connection | None = None
         self._bell = self._own_bell = -1
 
@@ -83,7 +84,8 @@ class SocketLink:
             raise
         self._drop()
         self._connection = connection
-        self._bell, self._own_bell = fds
+        with self._bells:
+            self._bell, self._own_bell = fds
         return reply
 
     def confirm(self) -> None:
@@ -110,17 +112,28 @@ class SocketLink:
             log.debug("names not told: %s", error)
 
     def ring(self) -> None:
-        try:
-            os.eventfd_write(self._bell, 1)
-        except OSError as error:  # the keeper's descriptor was replaced under us: it looks at all rings when it starts
-            log.debug("bell not rung: %s", error)
+        with self._bells:
+            if self._bell < 0:
+                return
+            try:
+                os.eventfd_write(self._bell, 1)
+            except OSError as error:  # its counter is full: it rings
+                log.debug("bell not rung: %s", error)
 
     def wait(self, timeout_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._own_bell, select.POLLIN)
-        if poll.poll(max(0, int(timeout_s * 1000 + 0.999))):
-            with contextlib.suppress(BlockingIOError):  # another thread took the ring; both look again
-                os.eventfd_read(self._own_bell)
+        with self._bells:
+            if self._own_bell < 0:
+                return
+            bell = os.dup(self._own_bell)
+        try:
+            poll = select.poll()
+            poll.register(bell, select.POLLIN)
+            if poll.poll(max(0, int(timeout_s * 1000 + 0.999))):
+                os.eventfd_read(bell)
+        except BlockingIOError:
+            pass  # another thread took the ring; both look again
+        finally:
+            os.close(bell)
 
     def hung_up(self, timeout_s: float | None, wake_fd: int) -> bool:
         """Wait until the keeper's end closes (True), or `wake_fd` becomes readable or the time is over (False)."""
@@ -144,10 +157,11 @@ class SocketLink:
         if self._connection is not None:
             self._connection.close()
             self._connection = None
-        for fd in (self._bell, self._own_bell):
-            if fd >= 0:
-                os.close(fd)
-        self._bell = self._own_bell = -1
+        with self._bells:
+            for fd in (self._bell, self._own_bell):
+                if fd >= 0:
+                    os.close(fd)
+            self._bell = self._own_bell = -1
 
     def close(self) -> None:
         self.alive = False
@@ -155,5 +169,5 @@ class SocketLink:
 
     def abandon(self) -> None:
         self.alive = False
-        self._asking = threading.Lock()
+        self._asking, self._bells = threading.Lock(), threading.Lock()
         self._close_all()

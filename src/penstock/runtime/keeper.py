@@ -14,13 +14,14 @@ import numpy.typing as npt
 
 from penstock.core.brain import Brain, ConsistencyError
 from penstock.pool import layout
-from penstock.pool.authority import Authority, Events, SpaceRow, Survivors
+from penstock.pool.authority import Authority, Events, Survivors
 from penstock.pool.cells import peek, poke, poke_and_fence
 from penstock.pool.keeper_context import G_DAMAGED, G_RELEARNED
 from penstock.pool.layout import N_CLASSES, LaneState
 from penstock.pool.locks import FIRST_LANE_BYTE, ByteLock
 from penstock.pool.pretouch import touch_range
 from penstock.pool.segment import Segment
+from penstock.pool.spaces import SpaceRow
 from penstock.pool.survey import SURVEY_COLUMNS, V_COMMITS, V_HITS, V_WAITING, V_WANTS, survey, wants_of
 from penstock.runtime.slabs import coldest_foreign_slab, take_fresh_slab, with_descendants
 from penstock.types import EventKind, Eviction
@@ -231,12 +232,17 @@ class Keeper:
         """Evict at least n blocks of a class if possible; more, to spread the cost. Returns how many went."""
         ahead = min(EVICT_AHEAD, self.class_slots(slot_class) // EVICT_SHARE)
         batch = min(max(n, ahead), len(self._victims))
-        picked = self.brain.victims(slot_class, batch, self._victims[:batch])
-        if not picked:
-            return 0
-        before = self.authority.n_free(slot_class)
-        self._observe(self.authority.evict(self._victims[:picked], Eviction.CAPACITY))
-        return self.authority.n_free(slot_class) - before
+        before, untried = self.authority.n_free(slot_class), self.brain.evictable(slot_class)
+        while untried > 0:
+            picked = self.brain.victims(slot_class, min(batch, untried), self._victims)
+            if not picked:
+                break
+            self._observe(self.authority.evict(self._victims[:picked], Eviction.CAPACITY))
+            if freed := self.authority.n_free(slot_class) - before:
+                return freed
+            # All of them are leased, and count as just used now: the next ones are others.
+            untried -= picked
+        return 0
 
     def _clear_foreign_slab(self, slot_class: int) -> bool:
         """Evict the coldest slab of another class, with what hangs on its blocks, and take it, unless leases forbid."""

@@ -9,9 +9,8 @@ import numpy as np
 
 from penstock.errors import PenstockError
 from penstock.pool import layout
-from penstock.pool.authority import lane_counters
 from penstock.pool.cells import peek
-from penstock.pool.counting import keeper_report, lane_report
+from penstock.pool.counting import keeper_report, lane_counters, lane_report
 from penstock.pool.fsck import check_segment, checksums
 from penstock.pool.keeper_context import G_DEPARTED
 from penstock.pool.layout import LANE_COUNTERS, LaneState, SlotState

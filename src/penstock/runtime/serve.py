@@ -34,8 +34,8 @@ log = logging.getLogger("penstock.keeper")
 
 # How often the keeper looks for dead clients when nothing wakes it.
 TICK_S = 1.0
-# While commits come in, and this long after, it looks every NAP_S instead of sleeping: a writer that has to wake it for
-# each batch pays for that with tens of microseconds, an eighth of the time that a batch of 4 MiB takes. Idle, it sleeps.
+# While commits come in, and this long after, it looks every NAP_S instead of sleeping: to wake it for each batch costs
+# a writer tens of microseconds, an eighth of what copying a batch of 4 MiB takes. Idle, it sleeps.
 LINGER_S = 0.001
 NAP_S = 0.0001
 # How long hit reports may wait while blocks are read: a lane's ring holds 4096 of them.
