@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import shutil
 import tempfile
@@ -53,9 +52,3 @@ def nothing_left(runtime_dir: Path) -> Iterator[None]:
         yield
     until(lambda: not children(), "no child process is left", timeout_s=5)
     assert own_segments() == []
-
-
-@pytest.fixture(scope="session", autouse=True)
-def quiet() -> None:
-    """Keepers die by the hundred here; only what is wrong is worth a line."""
-    logging.getLogger("penstock").setLevel(logging.ERROR)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -284,6 +285,12 @@ class Keeper:
     def open(self, client: str = "test") -> penstock.Pool:
         return penstock.open(self.name, client=client)
 
+    def wait_back(self, pool: penstock.Pool) -> None:
+        """Wait until this process's pool has come back to a keeper that was restarted."""
+        lane = pool._at.given.lane
+        until(lambda: any(row["lane"] == lane and row["pid"] for row in self.stat()["clients"]), "it said hello")
+        until(lambda: pool._link.alive, "it is back")
+
     def remove(self) -> None:
         for path in (self.path, segments.lock_path(self.path)):
             path.unlink(missing_ok=True)
@@ -377,7 +384,8 @@ def children() -> set[int]:
 
 def own_segments() -> list[str]:
     """Files in shared memory that this process's tests named."""
-    return sorted(path.name for path in Path("/dev/shm").glob(f"*{os.getpid()}*"))
+    mine = re.compile(rf"(?<!\d){os.getpid()}(?!\d)")
+    return sorted(path.name for path in Path("/dev/shm").iterdir() if mine.search(path.name))
 
 
 @contextlib.contextmanager

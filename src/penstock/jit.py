@@ -84,7 +84,8 @@ def _sources_digest() -> str:
     root = Path(__file__).parent
     for source in sorted(root.rglob("*.py")):
         text = source.read_bytes()
-        if b"kernel" in text:
+        # Kernels, the intrinsics that they are made from, and the numbers that they have built in.
+        if b"kernel" in text or b"intrinsic" in text or source == root / "types.py":
             digest.update(source.relative_to(root).as_posix().encode() + b"\0" + text)
     return digest.hexdigest()
 

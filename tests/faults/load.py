@@ -190,7 +190,8 @@ class Load:
 
         def through() -> bool:
             self.number += 1
-            return bool(self._write(SPACE, (self.seed, self.number), 1)) and self.pool.flush(1.0)
+            wrote = self._write(SPACE, (self.seed, self.number), 1)
+            return bool(wrote) and self.pool.flush(1.0) and self.pool._link.alive
 
         until(through, f"client {self.seed} writes again after the keeper's restart")
 

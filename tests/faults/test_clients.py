@@ -115,7 +115,7 @@ def test_a_stopped_engine_stalls_nobody_keeps_what_it_holds_and_wakes_harmlessly
             fill(keeper, pool, handle, 6, evictions=2 * keeper.geometry.n_units)
             keeper.kill()
             keeper.start()
-            until(lambda: store(pool, handle, chain(7, blocks=1)).n_blocks, "back")
+            keeper.wait_back(pool)
             fill(keeper, pool, handle, 8, evictions=keeper.geometry.n_units)
             row = client_row(keeper, "(not back yet)")
             assert row is not None and row["alive"] and row["leases"] == len(LEASED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from collections.abc import Iterator
@@ -42,61 +43,61 @@ def pool(keeper: Keeper) -> Iterator[penstock.Pool]:
         yield opened
 
 
-def fill_with_leases(pool: penstock.Pool, handle: penstock.SpaceHandle) -> list[tuple[int, penstock.Lease]]:
-    """Store and lease chains until nothing more goes in."""
-    leases: list[tuple[int, penstock.Lease]] = []
+Hold = list[tuple[int, penstock.Lease]]
+
+
+@contextlib.contextmanager
+def full_of_leases(pool: penstock.Pool, handle: penstock.SpaceHandle) -> Iterator[Hold]:
+    """A pool of which every slot is leased, but for a few that are reserved (see below)."""
+    leases: Hold = []
     for number in range(1, 10_000):
         keys = chain(4, number, blocks=16)
         stored = store(pool, handle, keys, wait_s=0.05)
         assert pool.flush(PATIENCE_S)
         leases.append((number, pool.match(handle, keys)))
-        assert len(leases[-1][1]) == stored.n_blocks
-        if stored.drop is not Drop.NONE:
-            assert stored.drop is Drop.NO_ROOM
-            return leases
-    raise AssertionError("the pool never filled up")
+        if len(leases[-1][1]) < 16:  # what is not leased yet is evicted for the grants that come next
+            break
+        assert stored.n_blocks == 16
+    with pool.reserve(handle, 64, 0.2) as rest:
+        assert len(rest) < 64
+        yield leases
+        for _, lease in leases:
+            lease.release()
 
 
 def test_a_pool_full_of_leased_blocks_drops_and_loses_nothing(keeper: Keeper, pool: penstock.Pool) -> None:
     handle = pool.space(SPACE)
-    leases = fill_with_leases(pool, handle)
-    held = sum(len(lease) for _, lease in leases)
-    assert held == keeper.stat()["blocks"] > keeper.geometry.n_units / 2
-    dropped = pool.counters()["drop.no_room"]
-    for number in range(3):
-        stored = store(pool, handle, chain(5, number, blocks=4), wait_s=0.02)
-        assert stored == penstock.Stored(0, Drop.NO_ROOM)
-    assert pool.counters()["drop.no_room"] == dropped + 12
-    assert keeper.counters()["evicted"] == 0
-    for number, lease in leases:
-        assert np.array_equal(read(lease, handle), contents(chain(4, number, blocks=16).array)[: len(lease)])
-    keeper.fsck()
-    for _, lease in leases:
-        lease.release()
+    with full_of_leases(pool, handle) as leases:
+        held = sum(len(lease) for _, lease in leases)
+        assert held == keeper.stat()["blocks"] > keeper.geometry.n_units / 2
+        evicted, dropped = keeper.counters()["evicted"], pool.counters()["drop.no_room"]
+        for number in range(3):
+            assert store(pool, handle, chain(5, number, blocks=4), wait_s=0.02) == penstock.Stored(0, Drop.NO_ROOM)
+        assert pool.counters()["drop.no_room"] == dropped + 12
+        assert keeper.counters()["evicted"] == evicted
+        for number, lease in leases:
+            assert np.array_equal(read(lease, handle), contents(chain(4, number, blocks=16).array)[: len(lease)])
+        keeper.fsck()
     must_store(pool, handle, chain(6, blocks=16))
     assert_resident(pool, handle, chain(6, blocks=16))
-    assert keeper.counters()["evicted"] > 0
     keeper.fsck()
 
 
 def test_a_full_pool_keeps_a_writer_no_longer_than_it_allowed(keeper: Keeper, pool: penstock.Pool) -> None:
     """Dropped, not stuck: the bound is far above the wait, and far below for ever."""
     handle = pool.space(SPACE)
-    leases = fill_with_leases(pool, handle)
-    started = time.monotonic()
-    assert store(pool, handle, chain(5, blocks=4), wait_s=0.1).drop is Drop.NO_ROOM
-    assert time.monotonic() - started < PATIENCE_S / 2
-    for _, lease in leases:
-        lease.release()
+    with full_of_leases(pool, handle):
+        started = time.monotonic()
+        assert store(pool, handle, chain(5, blocks=4), wait_s=0.1).drop is Drop.NO_ROOM
+        assert time.monotonic() - started < PATIENCE_S / 2
 
 
 def test_a_waiting_writer_gets_the_room_that_another_client_makes(keeper: Keeper, pool: penstock.Pool) -> None:
     handle = pool.space(SPACE)
-    leases = fill_with_leases(pool, handle)
-    with Client(_store_patiently, keeper.name) as other:
-        assert other.receive() == "about to wait"
-        for _, lease in leases:
-            lease.release()
+    with contextlib.ExitStack() as stack:
+        with full_of_leases(pool, handle):
+            other = stack.enter_context(Client(_store_patiently, keeper.name))
+            assert other.receive() == "about to wait"
         assert other.receive() == penstock.Stored(4, Drop.NONE)
         other.join()
 
@@ -206,7 +207,7 @@ def test_a_view_keeps_its_blocks_after_the_pool_was_closed(keeper: Keeper) -> No
         flood(keeper, other, theirs, 7)
         keeper.kill()
         keeper.start()
-        until(lambda: store(other, theirs, chain(3, blocks=1)).n_blocks and other.flush(1.0), "back")
+        keeper.wait_back(other)
         flood(keeper, other, theirs, 8)
         assert np.array_equal(derived, contents(KEYS.array)[9][100:200].view(np.uint32))
         assert_resident(other, theirs, KEYS)

@@ -162,7 +162,7 @@ DERIVED: dict[str, Any] = {
     "itself": lambda array: array,
     "slice": lambda array: array[100:200],
     "reshaped": lambda array: array.reshape(2, -1),
-    "other type": lambda array: array.view(np.float32),
+    "other type": lambda array: array.view(np.int32),
     "transposed": lambda array: array.reshape(2, -1).T,
     "memoryview": lambda array: memoryview(array),
     "of a memoryview": lambda array: np.frombuffer(memoryview(array), np.uint16),

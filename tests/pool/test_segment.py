@@ -90,9 +90,7 @@ def test_without_permission(made: Path) -> None:
         (layout.H_MAX_SPACES, 0, Damaged, "contradicts"),
     ],
 )
-def test_header_that_cannot_be(
-    made: Path, offset: int, value: int, error: type[SegmentError], text: str
-) -> None:
+def test_header_that_cannot_be(made: Path, offset: int, value: int, error: type[SegmentError], text: str) -> None:
     patch(made, offset, value)
     with pytest.raises(error, match=text):
         segment.open_existing(made)

@@ -20,7 +20,6 @@ from numba.extending import intrinsic
 from penstock import jit
 from penstock.jit import inline_kernel
 
-
 _numbers = itertools.count()
 
 

@@ -18,7 +18,7 @@ def ls(name: str, json: bool) -> None:
     if json:
         print(json_module.dumps(report, indent=2))
         return
-    console = Console()
+    console = Console(markup=False)  # names are their owners', and may look like markup
     spaces = Table(title="Spaces", title_justify="left")
     for column in ("id", "label", "digest", "block", "tokens", "blocks"):
         spaces.add_column(column)

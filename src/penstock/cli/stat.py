@@ -19,11 +19,9 @@ def stat(name: str, json: bool) -> None:
     if json:
         print(json_module.dumps(report, indent=2))
         return
-    console = Console()
+    console = Console(markup=False)  # names are their owners', and may look like markup
     size, touched = report["size_bytes"] >> 20, report["touched_bytes"] >> 20
-    console.print(
-        f"[bold]{name}[/]  {size} MiB at {report['path']}  ({touched} MiB ready, keeper {report['keeper_epoch']})"
-    )
+    console.print(f"{name}  {size} MiB at {report['path']}  ({touched} MiB ready, keeper {report['keeper_epoch']})")
     console.print(f"{report['blocks']} blocks, {report['granted']} slots granted")
     console.print(_table("Slots", report["classes"]))
     console.print(_table("Clients", report["clients"]))

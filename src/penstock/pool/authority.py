@@ -60,6 +60,10 @@ class Authority:
         self.segment = segment
         self.geometry = geometry = segment.geometry
         self.mapping = segment.map(0, geometry.total_bytes, writable=True)
+        # Asked for at every turn, and each is the sum of all that lies before.
+        self._lanes_at = self.mapping.address + geometry.lanes_offset
+        self._lane_bytes = geometry.lane_bytes
+        self._slabs_at = self.mapping.address + geometry.slabs_offset
         self._private = private_columns(geometry)
         self._cells = keeper_context(self.mapping.address, geometry, self._private)
         self.ctx = int(self._cells.ctypes.data)
@@ -76,10 +80,10 @@ class Authority:
 
     def lane(self, index: int) -> int:
         """Address of a lane's control block."""
-        return self.mapping.address + self.geometry.lanes_offset + index * self.geometry.lane_bytes
+        return self._lanes_at + index * self._lane_bytes
 
     def _slab_row(self, slab: int) -> int:
-        return self.mapping.address + self.geometry.slabs_offset + slab * layout.SLAB_ROW_BYTES
+        return self._slabs_at + slab * layout.SLAB_ROW_BYTES
 
     # ---- start
 
@@ -155,11 +159,12 @@ class Authority:
     def grant(self, lane: int, slot_class: int, n: int) -> int:
         return int(grant(self.ctx, lane, slot_class, n))
 
-    def evict(self, victims: npt.NDArray[np.uint32], why: Eviction) -> Events:
-        """Evict those victims (children before parents) that nobody leases. Events EVICTED or KEPT, in order."""
+    def evict(self, victims: npt.NDArray[np.uint32], why: Eviction, newest: int = 1 << 62) -> Events:
+        """Evict those victims (children before parents) that nobody leases and whose last use was at most the use count
+        `newest`. Events EVICTED or KEPT, in order."""
         if len(victims) > len(self.events):
             raise ValueError(f"{len(victims)} victims at once; at most {len(self.events)}")
-        evict(self.ctx, victims, len(victims), self._marks, self._events_at, int(why))
+        evict(self.ctx, victims, len(victims), self._marks, self._events_at, int(why), newest)
         return self.events[: len(victims)]
 
     def n_free(self, slot_class: int) -> int:
@@ -177,8 +182,13 @@ class Authority:
     def n_granted(self) -> int:
         return int(self._cells[Y_N_GRANTED // 8])
 
+    @property
+    def stamp(self) -> int:
+        """The use count: commits and touches so far."""
+        return int(self._cells[Y_STAMP // 8])
+
     def save_stamp(self) -> None:
-        poke(self.header(layout.H_STAMP), int(self._cells[Y_STAMP // 8]))
+        poke(self.header(layout.H_STAMP), self.stamp)
 
     # ---- slabs
 
@@ -359,7 +369,8 @@ class Authority:
     # ---- lanes
 
     def lane_state(self, index: int) -> LaneState:
-        return LaneState(peek(self.lane(index) + layout.L_STATE))
+        # A client maps its whole lane: whatever it may have scribbled there, the lane is in use until it is closed.
+        return LaneState.FREE if peek(self.lane(index) + layout.L_STATE) == LaneState.FREE else LaneState.USED
 
     def open_lane(self, locked: Callable[[int], bool] = lambda _: False) -> tuple[int, int] | None:
         """A free lane that is not `locked`, now in use, and its epoch; None if all are taken.
@@ -369,7 +380,7 @@ class Authority:
         for index in range(self.geometry.n_lanes):
             at = self.lane(index)
             if peek(at + layout.L_STATE) == LaneState.FREE and not locked(index):
-                epoch = peek(at + layout.L_EPOCH) + 1
+                epoch = (peek(at + layout.L_EPOCH) + 1) & _LOW63
                 poke(at + layout.L_EPOCH, epoch)
                 poke_and_fence(at + layout.L_STATE, int(LaneState.USED))
                 return index, epoch
@@ -385,7 +396,7 @@ class Authority:
         self._keep_counters(index)
         at = self.lane(index)
         # The epoch first: whatever is read of the old owner's ring from here on, even after a crash, is refused by it.
-        poke(at + layout.L_EPOCH, peek(at + layout.L_EPOCH) + 1)
+        poke(at + layout.L_EPOCH, (peek(at + layout.L_EPOCH) + 1) & _LOW63)
         clear(at + self.geometry.lease_table_offset, self.geometry.leases * 8)
         clear(at + layout.L_COMMIT_TAIL, layout.LANE_CONTROL_BYTES - layout.L_COMMIT_TAIL)
         poke(at + layout.L_STATE, int(LaneState.FREE))

@@ -119,12 +119,13 @@ def _scan_lanes(ctx: int, marks: npt.NDArray[np.uint8]) -> None:
                 marks[unit] = HELD
 
 
-@kernel("int64(int64, uint32[::1], int64, uint8[::1], int64, int64)")
+@kernel("int64(int64, uint32[::1], int64, uint8[::1], int64, int64, int64)")
 def evict(
-    ctx: int, victims: npt.NDArray[np.uint32], n: int, marks: npt.NDArray[np.uint8], events: int, why: int
+    ctx: int, victims: npt.NDArray[np.uint32], n: int, marks: npt.NDArray[np.uint8], events: int, why: int, newest: int
 ) -> int:
-    """Evict those of n victims (children before parents) that no lease holds; the others stay READY.
+    """Evict those of n victims (children before parents) that no lease holds and whose stamp is at most `newest`.
 
+    The others stay READY.
     `marks` has one zero byte per unit and is zero again afterwards. Writes n EVICTED or KEPT events at `events`, in the
     victims' order. Returns how many were evicted. `why` is an Eviction.
     """
@@ -133,7 +134,7 @@ def evict(
     for i in range(n):
         cell = records + victims[i] * RECORD_BYTES + R_STATE
         store(cell, (load(cell) & ~0xFF) | LEAVING)
-        marks[victims[i]] = VICTIM
+        marks[victims[i]] = VICTIM if load(records + victims[i] * RECORD_BYTES + R_STAMP) <= newest else HELD
     fence_full()
     _scan_lanes(ctx, marks)
     evicted = 0

@@ -23,7 +23,7 @@ from penstock.pool.pretouch import touch_range
 from penstock.pool.segment import Segment
 from penstock.pool.spaces import SpaceRow
 from penstock.pool.survey import SURVEY_COLUMNS, V_COMMITS, V_HITS, V_WAITING, V_WANTS, survey, wants_of
-from penstock.runtime.slabs import coldest_foreign_slab, take_fresh_slab, with_descendants
+from penstock.runtime.slabs import Turnover, coldest_foreign_slab, take_fresh_slab, with_descendants
 from penstock.types import EventKind, Eviction
 
 __all__ = ["Keeper"]
@@ -36,6 +36,10 @@ GRANT_SHARE = 16
 EVICT_AHEAD = 512
 # ... but never more than this share of what the class could hold.
 EVICT_SHARE = 64
+# Batches tried where all blocks of one turn out to be leased; more would keep the keeper from its clients.
+EVICT_TRIES = 16
+# Blocks used within as many uses as this share of a class's slots are not evicted.
+RECENT_SHARE = 8
 MAX_NAMES = 100_000
 # How often the keeper tries again to drop a damaged block that a lease holds.
 DAMAGED_RETRY_MS = 100
@@ -60,6 +64,7 @@ class Keeper:
         self._sleep_number = 0
         self._first_lane = 0
         self._owed: set[int] = set()
+        self._turnover = [Turnover() for _ in range(N_CLASSES)]
         self.took_commits = False
         """Whether the last step found commits (or aborts)."""
         self.opening: set[int] = set()
@@ -173,14 +178,15 @@ class Keeper:
     def _grant_wanted(self) -> set[int]:
         """Top up every lane to what it wants, as far as there is room. Starts at another lane each time."""
         granted: set[int] = set()
-        lanes = np.flatnonzero(self._rows[:, V_WANTS])
-        if not len(lanes):
+        lanes = np.flatnonzero(self._rows[:, V_WANTS]).tolist()
+        if not lanes:
             return granted
         self._first_lane += 1
-        for lane in np.roll(lanes, self._first_lane % len(lanes)):
-            wants_of(self.authority.ctx, int(lane), self._wants)
+        first = self._first_lane % len(lanes)
+        for lane in lanes[first:] + lanes[:first]:
+            wants_of(self.authority.ctx, lane, self._wants)
             for slot_class in np.flatnonzero(self._wants[: len(self.authority.shapes)]):
-                if self._grant(int(lane), int(slot_class), int(self._wants[slot_class])):
+                if self._grant(lane, int(slot_class), int(self._wants[slot_class])):
                     granted.add(int(lane))
         return granted
 
@@ -209,10 +215,26 @@ class Keeper:
         """Have at least n free slots of a class if the brain and the leases allow it."""
         authority = self.authority
         while authority.n_free(slot_class) < n:
-            if self._fresh_slab(slot_class) or self._evict(slot_class, n - authority.n_free(slot_class)):
+            if self._fresh_slab(slot_class) or self._outgrow(slot_class):
+                continue
+            if self._evict(slot_class, n - authority.n_free(slot_class)):
                 continue
             if not self._clear_foreign_slab(slot_class):
                 return
+
+    def _outgrow(self, slot_class: int) -> bool:
+        """Take another class's slab if nobody used it while this class evicted as much as it holds."""
+        authority, turnover = self.authority, self._turnover[slot_class]
+        slots = authority.shapes[slot_class].slots_per_slab
+        if len(authority.shapes) < 2 or turnover.evicted < slots * turnover.patience:
+            return False
+        classes = authority.slab_classes()
+        held = int((classes == slot_class).sum()) * slots
+        if turnover.evicted < held * turnover.patience or not ((classes >= 0) & (classes != slot_class)).any():
+            return False
+        taken = self._clear_foreign_slab(slot_class, turnover.since)
+        turnover.looked(taken)
+        return taken
 
     def _fresh_slab(self, slot_class: int) -> bool:
         if take_fresh_slab(self.authority, slot_class):
@@ -232,21 +254,23 @@ class Keeper:
         """Evict at least n blocks of a class if possible; more, to spread the cost. Returns how many went."""
         ahead = min(EVICT_AHEAD, self.class_slots(slot_class) // EVICT_SHARE)
         batch = min(max(n, ahead), len(self._victims))
-        before, untried = self.authority.n_free(slot_class), self.brain.evictable(slot_class)
-        while untried > 0:
-            picked = self.brain.victims(slot_class, min(batch, untried), self._victims)
+        before = self.authority.n_free(slot_class)
+        # Where all else is leased, a chain that is being stored must not push out its own head.
+        newest = self.authority.stamp - self.class_slots(slot_class) // RECENT_SHARE
+        for _ in range(EVICT_TRIES):
+            picked = self.brain.victims(slot_class, batch, self._victims)
             if not picked:
                 break
-            self._observe(self.authority.evict(self._victims[:picked], Eviction.CAPACITY))
+            self._observe(self.authority.evict(self._victims[:picked], Eviction.CAPACITY, newest))
             if freed := self.authority.n_free(slot_class) - before:
+                self._turnover[slot_class].add(freed, self.authority.stamp)
                 return freed
-            # All of them are leased, and count as just used now: the next ones are others.
-            untried -= picked
+            # All of them stay, and count as just used now: the next ones are others.
         return 0
 
-    def _clear_foreign_slab(self, slot_class: int) -> bool:
+    def _clear_foreign_slab(self, slot_class: int, unused_since: int | None = None) -> bool:
         """Evict the coldest slab of another class, with what hangs on its blocks, and take it, unless leases forbid."""
-        slab = coldest_foreign_slab(self.authority, slot_class)
+        slab = coldest_foreign_slab(self.authority, slot_class, unused_since)
         if slab is None:
             return False
         self._evict_with_descendants(self.authority.slab_blocks(slab), Eviction.SLAB)

@@ -5,12 +5,37 @@ Rare work, so it is plain numpy. A slab changes hands only when it holds no bloc
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 
 from penstock.pool.authority import Authority
 
-__all__ = ["coldest_foreign_slab", "take_fresh_slab", "with_descendants"]
+__all__ = ["Turnover", "coldest_foreign_slab", "take_fresh_slab", "with_descendants"]
+
+# A class whose wish for a slab was in vain waits for twice as many turnovers, at most this many.
+_MAX_PATIENCE = 8
+
+
+@dataclass(slots=True)
+class Turnover:
+    """How much of what a class holds it has evicted for itself: after all of it, others' slabs are worth a look."""
+
+    evicted: int = 0
+    since: int = 0
+    """The keeper's use counter when counting began."""
+    patience: int = 1
+
+    def add(self, n: int, now: int) -> None:
+        """n more blocks were evicted, at this use count."""
+        if not self.evicted:
+            self.since = now
+        self.evicted += n
+
+    def looked(self, taken: bool) -> None:
+        """Begin anew after a look at the others' slabs."""
+        self.evicted, self.patience = 0, 1 if taken else min(2 * self.patience, _MAX_PATIENCE)
 
 
 def take_fresh_slab(authority: Authority, slot_class: int) -> bool:
@@ -31,20 +56,22 @@ def take_fresh_slab(authority: Authority, slot_class: int) -> bool:
     return False
 
 
-def coldest_foreign_slab(authority: Authority, slot_class: int) -> int | None:
+def coldest_foreign_slab(authority: Authority, slot_class: int, unused_since: int | None = None) -> int | None:
     """The slab of another class, without grants, whose most recently used block is the oldest; None if there is none.
 
-    Only a class that holds more slabs than `slot_class` gives one up, so that two busy classes settle at equal shares.
+    Only a class that holds more slabs than `slot_class` gives one up, so that two busy classes settle at equal shares;
+    but any class a slab of which no block was used since the use count `unused_since`.
     """
     classes = authority.slab_classes()
     own = int((classes == slot_class).sum())
     best, best_use = None, None
     for slab in np.flatnonzero((classes >= 0) & (classes != slot_class)):
-        if int((classes == classes[slab]).sum()) <= own + 1 or authority.has_grants(int(slab)):
+        poor = int((classes == classes[slab]).sum()) <= own + 1
+        if (poor and unused_since is None) or authority.has_grants(int(slab)):
             continue
         blocks = authority.slab_blocks(int(slab))
         use = int(authority.stamps(blocks).max()) if len(blocks) else -1
-        if best_use is None or use < best_use:
+        if (best_use is None or use < best_use) and (unused_since is None or use <= unused_since):
             best, best_use = int(slab), use
     return best
 

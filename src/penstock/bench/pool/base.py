@@ -22,6 +22,7 @@ class Scale:
     blocks: int
     """Resident blocks where lookups, commits and the brain are measured."""
     copy_pool_bytes: int
+    """Grants made ahead are a sixteenth of it: room for two batches of 64 blocks of 2 MiB."""
     memcpy_bytes: int
     """The piece that `memcpy` copies; reads and writes move as much for each pair."""
     tensor_bytes: int
@@ -38,7 +39,7 @@ class Scale:
     imports: int
 
 
-FULL = Scale("full", 1_000_000, 2 * GIB + 512 * MIB, GIB, 512 * MIB, 25, 25, 8000, 0.4, 10_000, 15)
+FULL = Scale("full", 1_000_000, 4 * GIB + 768 * MIB, GIB, 512 * MIB, 25, 25, 8000, 0.3, 10_000, 15)
 TINY = Scale("tiny", 4096, 96 * MIB, 4 * MIB, 8 * MIB, 3, 3, 40, 0.05, 256, 2)
 SCALES = {scale.name: scale for scale in (FULL, TINY)}
 

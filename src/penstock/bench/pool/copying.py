@@ -43,7 +43,6 @@ SPACES = {
 # A share of the slots stays empty: grants made ahead take up to a sixteenth of them.
 _FILLED = 0.9
 _WATCH_S = 10.0
-_NAP_S = 50e-6
 
 
 def run(group: Group, scale: Scale) -> Iterator[Result]:
@@ -145,12 +144,12 @@ class _Writer:
         self._round += 1
         chains = random_chains(self._handle.space, self._n_batches, 10_000 + self._round)
         maps = self._tensors.random_maps(self._n_batches, self._round)
-        self._watcher.send(chains[-1][BATCH - 1 :])
         started = time.perf_counter()
         for chain, tensor_map in zip(chains, maps, strict=True):
             stored = self._pool.store(self._handle, chain, tensor_map, wait_s=1.0)
             if stored.n_blocks != BATCH:
                 raise RuntimeError(f"{stored.n_blocks} of {BATCH} blocks stored: {stored.drop.name}")
+        self._watcher.send(chains[-1][BATCH - 1 :])
         if not self._watcher.poll(_WATCH_S):
             raise RuntimeError("the other process never saw the last block")
         seen: float = self._watcher.recv()
@@ -167,5 +166,5 @@ def _watch(pipe: Pipe, name: str, space: Space) -> None:
         except EOFError:
             return
         while not len(pool.match(handle, keys)):
-            time.sleep(_NAP_S)
+            pass
         pipe.send(time.perf_counter())

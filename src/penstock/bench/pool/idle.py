@@ -22,7 +22,7 @@ SPACE = bench_space(n_segments=16, segment_bytes=4 << 10)
 CLIENTS = 8
 # Clients give back what they were granted ahead after two seconds; then they are idle.
 _SETTLE_S = 4.0
-_WINDOW_FACTOR = 2.5
+_WINDOW_FACTOR = 3.0
 _WINDOWS = 12
 
 
@@ -32,7 +32,7 @@ def run(group: Group, scale: Scale) -> Iterator[Result]:
         for pipe in pipes:
             pipe.send("pid")
         clients = [pipe.recv() for pipe in pipes]
-        time.sleep(_SETTLE_S * scale.window_s / 0.4)
+        time.sleep(_SETTLE_S * scale.window_s / 0.3)
         window_s = _WINDOW_FACTOR * scale.window_s
         rows = [_window(keeper, clients, window_s) for _ in range(_WINDOWS)]
     note = f"{CLIENTS} client processes, {_WINDOWS} windows of {window_s:.1f} s"

@@ -53,7 +53,8 @@ def _once(
     with writer.reserve(handle, 1, wait_s=1.0) as reservation:
         _wait_for_sleep(writer)
         started = time.perf_counter_ns()
-        reservation.commit(chain[: len(reservation)], page)
+        if len(reservation) < 1 or reservation.commit(chain, page) < 1:
+            raise RuntimeError(f"the block was dropped: {reservation.drop.name}")
         deadline = started + int(_GIVE_UP_S * 1e9)
         while not len(reader.match(reading, chain)):
             if time.perf_counter_ns() > deadline:
