@@ -76,9 +76,7 @@ def gpu_present() -> bool:
 
 def torch_imports() -> bool:
     """Whether this environment's PyTorch imports; half an installation does not count."""
-    return importlib.util.find_spec("torch") is not None and run(
-        sys.executable, "-c", "import torch", quiet=True
-    )
+    return importlib.util.find_spec("torch") is not None and run(sys.executable, "-c", "import torch", quiet=True)
 
 
 def cpu_build(*requirement: str) -> str | None:

@@ -132,6 +132,25 @@ def test_a_stopped_engine_stalls_nobody_keeps_what_it_holds_and_wakes_harmlessly
             holder.join()
 
 
+def take_all(connection: Connection, name: str) -> None:
+    """Reserve as many slots as the keeper gives."""
+    pool = penstock.open(name, client="greedy")
+    reservation = pool.reserve(pool.space(SPACE), 1000, 1.0)
+    connection.send(len(reservation))
+    connection.recv()
+
+
+def test_an_engine_that_is_stopped_with_every_grant_stalls_nobody(keeper: Keeper) -> None:
+    with keeper.open() as pool, Client(take_all, keeper.name) as greedy:
+        handle = pool.space(SPACE)
+        assert greedy.receive() >= 32
+        greedy.stop()
+        for number in range(600):
+            must_store(pool, handle, chain(20, number, blocks=2))
+        assert keeper.counters()["evicted"] > 0
+        keeper.fsck()
+
+
 def test_what_a_stopped_engine_held_is_free_once_it_is_kicked(keeper: Keeper) -> None:
     with keeper.open() as pool:
         handle = pool.space(SPACE)

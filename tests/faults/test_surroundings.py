@@ -10,7 +10,6 @@ import socket
 import stat
 import struct
 import subprocess
-import sys
 from collections.abc import Iterator
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -26,13 +25,11 @@ from penstock.runtime.serve import Server
 from tests.support import (
     MIB,
     PATIENCE_S,
-    ROOT,
     SPACE,
     Client,
     Keeper,
     assert_resident,
     chain,
-    environment,
     must_store,
     penstock_cli,
     small_geometry,
@@ -93,7 +90,8 @@ def small_tmpfs(tmp_path: Path) -> Iterator[Path]:
     if done.returncode:
         pytest.skip("mounting a file system is not allowed here")
     yield folder
-    subprocess.run(["umount", folder], check=True)
+    # The pre-toucher of a keeper that was killed ends a moment later.
+    until(lambda: subprocess.run(["umount", folder], capture_output=True).returncode == 0, "it is not used any more")
 
 
 def test_memory_that_others_take_meanwhile_makes_the_pool_smaller_not_deadly(small_tmpfs: Path) -> None:
@@ -351,7 +349,8 @@ def test_more_connections_than_descriptors_do_not_end_the_keeper() -> None:
         with contextlib.ExitStack() as crowd:
             for _ in range(60):
                 connection = crowd.enter_context(dial(keeper))
-                connection.sendall(encode(Query("stat"))[:5])
+                with contextlib.suppress(BrokenPipeError):  # refused
+                    connection.sendall(encode(Query("stat"))[:5])
             must_store(pool, handle, chain(1, blocks=4))
         until(lambda: _answers(keeper), "it serves again once the crowd has gone")
         assert_resident(pool, handle, chain(1, blocks=4))
@@ -368,40 +367,3 @@ def _answers(keeper: Keeper) -> bool:
         return bool(keeper.stat())
     except NoKeeper:
         return False
-
-
-# ---- the kernels' cache
-
-USE_KERNELS = """
-import numpy as np
-from penstock.pool import cells, writer, survey
-words = np.arange(8)
-cells.poke(words.ctypes.data + 8, 77)
-cells.clear(words.ctypes.data + 16, 24)
-print(words.tolist(), cells.peek(words.ctypes.data + 8))
-"""
-RIGHT = "[0, 77, 0, 0, 0, 5, 6, 7] 77"
-
-
-def compile_in(cache: Path) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-W", "always", "-c", USE_KERNELS],
-        env=environment(PENSTOCK_CACHE_DIR=str(cache)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-        cwd=ROOT,
-    )  # fmt: skip
-
-
-def test_an_unwritable_kernel_cache_warns_once_and_goes_on(tmp_path: Path) -> None:
-    in_the_way = tmp_path / "a file"
-    in_the_way.touch()
-    out, err = compile_in(in_the_way).communicate(timeout=4 * PATIENCE_S)
-    assert out.strip() == RIGHT
-    assert err.count("PENSTOCK_CACHE_DIR") == 1, err
-
-
-def test_two_processes_that_compile_at_once_are_both_right(tmp_path: Path) -> None:
-    processes = [compile_in(tmp_path / "cache") for _ in range(2)]
-    for process in processes:
-        out, err = process.communicate(timeout=4 * PATIENCE_S)
-        assert (out.strip(), err) == (RIGHT, "")
-    assert list((tmp_path / "cache").rglob("*.nbc"))

@@ -37,9 +37,7 @@ def load() -> Vectors:
     docs = Path(__file__).parents[2] / "docs"
     for name in ("formats.md", "_identity.md"):
         path = docs / name
-        _, fence, rest = (
-            path.read_text().partition("```json identity-vectors\n") if path.exists() else ("",) * 3
-        )
+        _, fence, rest = path.read_text().partition("```json identity-vectors\n") if path.exists() else ("",) * 3
         if fence:
             vectors: Vectors = json.loads(rest.partition("\n```")[0])
             return vectors
@@ -47,9 +45,7 @@ def load() -> Vectors:
 
 
 def space_of(fields: dict[str, Any]) -> Space:
-    made: dict[str, Any] = {
-        name: Rank(*value) if name.endswith("_rank") else value for name, value in fields.items()
-    }
+    made: dict[str, Any] = {name: Rank(*value) if name.endswith("_rank") else value for name, value in fields.items()}
     return Space(**made | {"tenant": bytes.fromhex(fields["tenant"])})
 
 

@@ -92,9 +92,7 @@ def test_parts_are_chains_of_their_own(first: int, stop: int, more: int) -> None
     assert list(part) == list(whole)[first:stop]
     assert part.start_block == first
     assert part.parent == (whole[first - 1] if first else root_key(SPACE))
-    assert part == chain_keys(
-        SPACE, range(4 * first, max(4 * first, 4 * stop)), parent=part.parent, start_block=first
-    )
+    assert part == chain_keys(SPACE, range(4 * first, max(4 * first, 4 * stop)), parent=part.parent, start_block=first)
     part.extend(range(100, 100 + more))
     branch = list(range(4 * max(first, stop))) + list(range(100, 100 + more))
     assert list(part) == reference(SPACE, branch)[first:]
@@ -176,9 +174,7 @@ def test_ids_out_of_range_in_other_types() -> None:
             chain_keys(SPACE, ids)
 
 
-@pytest.mark.parametrize(
-    "ids", [b"abcd", "abcd", [1.5], [None], np.zeros(4), np.zeros((2, 2), int), np.array([True])]
-)
+@pytest.mark.parametrize("ids", [b"abcd", "abcd", [1.5], [None], np.zeros(4), np.zeros((2, 2), int), np.array([True])])
 def test_what_is_no_token_ids(ids: Any) -> None:
     with pytest.raises(ConfigError, match="token ids must be"):
         chain_keys(SPACE, ids)

@@ -172,9 +172,7 @@ def test_a_file_that_changes_while_it_is_read(shards: list[Path], monkeypatch: p
         b'{"algorithm":"blake2b-256","files":{"1:2":3}}',
     ],
 )
-def test_a_broken_cache_is_as_none_and_is_repaired(
-    shards: list[Path], tmp_path: Path, content: bytes
-) -> None:
+def test_a_broken_cache_is_as_none_and_is_repaired(shards: list[Path], tmp_path: Path, content: bytes) -> None:
     store = tmp_path / "digests.json"
     store.write_bytes(content)
     assert weights_digest(shards, cache=DigestCache(store, later)) == digest(shards)

@@ -49,9 +49,7 @@ digests = st.builds(
     "{}:{}".format, st.sampled_from(["sha-256", "b"]), st.binary(min_size=16, max_size=64).map(bytes.hex)
 )
 names = st.text(st.characters(min_codepoint=33, max_codepoint=126), min_size=1, max_size=40)
-ranks = st.integers(1, 2**32 - 1).flatmap(
-    lambda size: st.builds(Rank, st.integers(0, size - 1), st.just(size))
-)
+ranks = st.integers(1, 2**32 - 1).flatmap(lambda size: st.builds(Rank, st.integers(0, size - 1), st.just(size)))
 quantised = st.fixed_dictionaries(
     {"dtype": st.just("float8_e4m3fn"), "kv_scales": st.sampled_from([UNIT_SCALES, INLINE_SCALES]) | digests}
 )

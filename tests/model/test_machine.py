@@ -167,9 +167,7 @@ def test_a_search_that_is_cut_off_says_so() -> None:
         Explorer(SCENARIOS["lease"](frozenset()), limit=100).run()
 
 
-@pytest.mark.parametrize(
-    "mutations", [(), ("no reader fence",), ("no lease scan",), ("state read before generation",)]
-)
+@pytest.mark.parametrize("mutations", [(), ("no reader fence",), ("no lease scan",), ("state read before generation",)])
 def test_merging_histories_changes_no_verdict(mutations: tuple[str, ...]) -> None:
     """With every history a state of its own nothing can be merged wrongly; this scenario is small enough."""
     merged = Explorer(SCENARIOS["lease"](frozenset(mutations))).run()
@@ -183,10 +181,7 @@ def yields_that_hide_something(module: ModuleType) -> list[int]:
     tree = ast.parse(inspect.getsource(module))
     open_places: set[ast.expr] = set()
     for node in ast.walk(tree):
-        if (
-            isinstance(node, ast.Expr | ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return)
-            and node.value
-        ):
+        if isinstance(node, ast.Expr | ast.Assign | ast.AnnAssign | ast.AugAssign | ast.Return) and node.value:
             open_places.add(node.value)
             if isinstance(node.value, ast.IfExp):  # its test is done when a branch is evaluated
                 open_places |= {node.value.body, node.value.orelse}

@@ -14,6 +14,7 @@ import pytest
 
 import penstock
 from penstock.errors import PoolClosed
+from penstock.pool.link import SocketLink
 from penstock.types import Drop, Miss
 from tests.support import (
     PATIENCE_S,
@@ -90,17 +91,16 @@ def _parent(connection: Connection, name: str) -> None:
 
 def _watcher_is_quiet(pool: penstock.Pool) -> bool:
     """Nobody rang the bell that ends the thread which looks after the pool."""
+    assert isinstance(pool._link, SocketLink) and pool._link.errands >= 0
     poll = select.poll()
-    for finalizer in pool._on_close:
-        peeked = finalizer.peek()
-        assert peeked is not None
-        poll.register(peeked[2][0], select.POLLIN)
+    poll.register(pool._link.errands, select.POLLIN)
     return poll.poll(0) == []
 
 
 def test_a_forked_childs_pool_is_dead_and_the_parents_lives_on() -> None:
     with Keeper() as keeper, Client(_parent, keeper.name) as parent:
         assert parent.receive() == 0
+        until(lambda: len(keeper.stat()["clients"]) == 1, "the lane of the child's own pool is free")
         (client,) = keeper.stat()["clients"]
         assert client["alive"] and client["leases"] == len(HELD)
         assert parent.ask("go on") == "done"

@@ -1,5 +1,5 @@
-"""What the machine really executes where processes publish to each other: the assembly of every such kernel, for x86 and
-(cross-emitted from the same IR) for 64-bit Arm.
+"""What the machine really executes where processes publish to each other: the assembly of every such kernel, for x86
+and (cross-emitted from the same IR) for 64-bit Arm.
 
 On x86 an acquire load and a release store are plain moves, so there the fences are what can be seen; on Arm all of it
 can. The checks are shown to fail where a fence is taken out of the kernel's own source.
@@ -33,6 +33,7 @@ POINTS = {
     ("reader", "match"): {"full", "acquire", "release"},
     ("reader", "adopt"): {"full", "acquire", "release"},
     ("reader", "release"): {"release"},
+    ("reader", "unchanged"): {"full"},
     ("writer", "publish"): {"full", "nt", "acquire", "release"},
     ("writer", "take_grants"): {"acquire", "release"},
     ("writer", "must_ring"): {"full"},

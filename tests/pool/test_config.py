@@ -19,9 +19,11 @@ MIB, GIB = 1 << 20, 1 << 30
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("1", 1), ("1048576", MIB), ("512M", 512 * MIB), ("512m", 512 * MIB), ("20GiB", 20 * GIB), ("20 gb", 20 * GIB)]
-    + [(" 2T ", 2 << 40), ("1.5G", 3 * GIB // 2), ("4k", 4096), ("7B", 7), ("64 MiB", 64 * MIB)],
-)
+    [
+        ("1", 1), ("1048576", MIB), ("512M", 512 * MIB), ("512m", 512 * MIB), ("20GiB", 20 * GIB), ("20 gb", 20 * GIB),
+        (" 2T ", 2 << 40), ("1.5G", 3 * GIB // 2), ("4k", 4096), ("7B", 7), ("64 MiB", 64 * MIB),
+    ],
+)  # fmt: skip
 def test_sizes(text: str, size: int) -> None:
     assert parse_size(text) == size
 

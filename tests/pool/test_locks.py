@@ -108,5 +108,5 @@ def test_programs_that_are_started_do_not_inherit_it(path: Path) -> None:
 
 def test_links_are_not_followed(path: Path, tmp_path: Path) -> None:
     path.symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(OSError, match="symbolic link|loop|Too many"):
+    with pytest.raises(OSError, match=r"symbolic link|loop|Too many"):
         ByteLock(path)

@@ -49,7 +49,7 @@ def test_pool_of_small_slabs() -> None:
 @pytest.mark.faults
 @pytest.mark.skipif(not FULL, reason="PENSTOCK_TEST_SCALE=full runs it")
 def test_at_length() -> None:
-    run_state_machine_as_test(PoolMachine, settings=settings(SETTINGS, max_examples=600, stateful_step_count=80))
+    run_state_machine_as_test(PoolMachine, settings=settings(SETTINGS, max_examples=300, stateful_step_count=80))
 
 
 # Only to find the failure, not to shrink it.

@@ -74,10 +74,11 @@ def test_what_is_not_committed_is_used_again(site: Site) -> None:
     gc.collect()
     grants = pool.held()["grants"]
     assert grants >= 4
-    assert pool.return_idle_grants() == grants
+    returned = pool.return_idle_grants()
+    assert returned >= grants
     assert pool.flush() and pool.held()["grants"] == 0
     assert embedded_keeper(pool).authority.n_granted == 0
-    assert refused(pool, "aborted") == grants
+    assert refused(pool, "aborted") == returned
     assert_consistent(pool)
 
 
@@ -92,7 +93,7 @@ def test_idle_grants_go_back_only_when_idle(site: Site) -> None:
 
 
 def test_grants_are_bounded() -> None:
-    """At most a sixteenth of the pool, for all clients together, in a pool that is not tiny."""
+    """A sixteenth of the pool for whoever comes first, and an equal part of as much for everybody else."""
     geometry = replace(TINY, slab_bytes=1 << 20, n_slabs=8, ring=1024, n_lanes=8)
     with Site.opened(unique_name("u"), geometry) as site:
         slots = plan_slots(geometry, SPACE.block_bytes, SPACE.n_segments).slots_per_slab * geometry.n_slabs
@@ -101,8 +102,9 @@ def test_grants_are_bounded() -> None:
         for _ in range(4):
             pool = site.client()
             reservations.append(pool.reserve(pool.space(SPACE), 100, wait_s=0.01))
-        assert sum(len(each) for each in reservations) <= slots // GRANT_SHARE
-        assert embedded_keeper(site.pool).authority.n_granted <= slots // GRANT_SHARE
+        limit, part = slots // GRANT_SHARE, slots // GRANT_SHARE // geometry.n_lanes
+        assert limit <= embedded_keeper(site.pool).authority.n_granted <= limit + 4 * part
+        assert all(len(each) >= part for each in reservations), "nobody is left without"
         assert reservations[-1].drop is Drop.NO_ROOM
         for each in reservations:
             each.abort()
@@ -145,7 +147,7 @@ def test_a_full_ring_is_counted_and_its_slots_are_kept(site: Site) -> None:
     """The keeper hears nothing: what is published stays in the ring until it is full."""
     pool = site.client()
     handle = pool.space(SPACE)
-    first, second = pool.reserve(handle, 16, wait_s=5), pool.reserve(handle, 12, wait_s=5)
+    first, second = pool.reserve(handle, 16, wait_s=5), pool.reserve(handle, 12, wait_s=0.3)
     assert len(first) == 16 and len(second) == 12
     site.deaf = True
     for _ in range(TINY.ring - 20):

@@ -200,7 +200,7 @@ def test_a_damaged_block_that_is_leased_goes_later(site: Site) -> None:
 
 def test_a_false_report_changes_nothing(site: Site) -> None:
     handle = site.pool.space(SMALL)
-    keys = store(site, handle, [1] * 3)
+    store(site, handle, [1] * 3)
     records = embedded_keeper(site.pool).authority.records()
     for unit in np.flatnonzero((records[:, 1] & np.uint64(0xFF)) == 2):
         site.pool._report_damage(site.pool._at, int(unit), int(records[unit, 0]), b"")

@@ -7,7 +7,6 @@ import re
 import stat
 import struct
 import uuid
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,9 +23,9 @@ def path(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def made(path: Path) -> Iterator[Path]:
+def made(path: Path) -> Path:
     segment.create(path, TINY).close()
-    yield path
+    return path
 
 
 def patch(path: Path, offset: int, value: int) -> None:

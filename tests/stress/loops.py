@@ -27,6 +27,8 @@ Loop = Callable[..., Any]
 # How often a reader reads a block that it has leased: longer than a keeper needs to give the slot to somebody else.
 PASSES = 2
 COLD_STORES = 6
+# A use count that none is after.
+EVER = 1 << 62
 EVENT_UNIT = int(event_dtype.fields["unit"][1])  # type: ignore[index]
 # Seeds of the loops' dice (a linear congruential generator with Knuth's constants).
 _MULTIPLIER, _INCREMENT = 6364136223846793005, 1442695040888963407
@@ -99,7 +101,7 @@ def keeper_loop(evict: Any, grant: Any, apply_commits: Any) -> Loop:
             unit = starts[dice(seed, starts.shape[0])]
             if load(records + unit * RECORD_BYTES + R_STATE) & 0xFF == READY:
                 victims[0] = unit
-                out[2] += evict(ctx, victims, 1, marks, events, 0)
+                out[2] += evict(ctx, victims, 1, marks, events, 0, EVER)
             grant(ctx, lane, slot_class, 2)
             apply_commits(ctx, lane, events, room)
 
@@ -135,8 +137,8 @@ def writer_loop(take_grants: Any, publish: Any) -> Loop:
 
 
 def newest_loop(match: Any, release: Any) -> Loop:
-    """(ctx, keeper's ctx, events, key, shape, words, out): lease and read the block that the keeper took in last, which is
-    the earliest that anybody can see it. `key` is room for one. out: reads, torn."""
+    """(ctx, keeper's ctx, events, key, shape, words, out): lease and read the block that the keeper took in last, which
+    is the earliest that anybody can see it. `key` is room for one. out: reads, torn."""
 
     @numba.njit(nogil=True)
     def run(ctx: int, keeper: int, events: int, key: Any, shape: int, words: int, out: Any) -> None:

@@ -68,7 +68,7 @@ def as_table(title: str, results: Sequence[Result], goals: Sequence[Goal]) -> Ta
     at_most = {goal.name: goal.at_most for goal in goals}
     table = Table(title=title, title_justify="left")
     for column in ("name", "value", "95% interval", "unit", "target", "baseline", ""):
-        table.add_column(column, justify="left" if column in ("name", "unit") else "right")
+        table.add_column(column, justify="left" if column in ("name", "unit") else "right", no_wrap=True)
     for row in results:
         sign = "≤" if at_most.get(row.name) else "≥"
         table.add_row(

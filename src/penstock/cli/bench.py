@@ -16,6 +16,9 @@ from penstock.bench.report import Result, as_json, as_table
 
 __all__ = ["pool"]
 
+# What the table needs where no terminal says how wide it may be.
+_FILE_WIDTH = 120
+
 
 def pool(json: bool, out: Path | None, only: str | None, scale: str) -> None:
     """Run the pool's benches. Exit status 1 when a target was missed or a bench failed."""
@@ -28,7 +31,10 @@ def pool(json: bool, out: Path | None, only: str | None, scale: str) -> None:
     if json:
         print(document)
     else:
-        Console().print(as_table(f"{machine['cpu']}, {machine['cores']} cores", results, goals()))
+        console = Console()
+        if not console.is_terminal:
+            console.width = _FILE_WIDTH
+        console.print(as_table(f"{machine['cpu']}, {machine['cores']} cores", results, goals()))
         for row in results:
             if row.value is None:
                 Console(stderr=True).print(f"{row.name}: {row.note}", markup=False)

@@ -7,6 +7,8 @@ replaced under it. Covers memory and lane state; the link to the keeper is `link
 from __future__ import annotations
 
 import threading
+from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -70,6 +72,8 @@ class Attachment:
         self.lane: Mapping = segment.map(lane_at, geometry.lane_bytes, writable=True, fork=False)
         data_bytes = geometry.total_bytes - geometry.data_offset
         self.data: Mapping = segment.map(geometry.data_offset, data_bytes, writable=True)
+        at = layout.L_COUNTERS
+        self._counters = self.lane.array[at : at + 8 * layout.LANE_COUNTERS].view(np.uint64)
         self._lists = np.zeros((3, geometry.leases), np.int64)
         self._lists[0] = np.arange(1, geometry.leases + 1)
         self._cells = _context(self, segment)
@@ -79,6 +83,26 @@ class Attachment:
         self.dead: Miss | None = None
         """Why nothing new can be done here any more: FORKED or CLOSED."""
         self._reservations = 0
+        self.left: deque[Callable[[], object]] = deque()
+        """What finalizers could not do where they ran; whoever comes next does it (`clean`)."""
+
+    def finish(self, work: Callable[[], object]) -> None:
+        """For finalizers: do it now, or, when the collector ran in the middle of a locked region of this thread, later.
+
+        There it must neither change what the region is changing nor wait for the other lock.
+        """
+        self.left.append(work)
+        if not any(lock._is_owned() for lock in (self.lease_lock, self.write_lock)):  # type: ignore[attr-defined]
+            self.clean()
+
+    def clean(self) -> None:
+        """Do what finalizers left. The caller holds none of the locks."""
+        while self.left:
+            try:
+                work = self.left.popleft()
+            except IndexError:  # another thread was faster
+                return
+            work()
 
     def n_leased(self) -> int:
         """Lease cells in use."""
@@ -86,10 +110,9 @@ class Attachment:
 
     def counters(self) -> npt.NDArray[np.uint64]:
         """This lane's counters (a live view). Raises PoolClosed in a forked child, which does not have the lane."""
-        if self.dead is Miss.FORKED:
+        if self.dead is not None and self.dead is Miss.FORKED:
             raise PoolClosed("this process was forked from the pool's client; open the pool again here")
-        at = layout.L_COUNTERS
-        return self.lane.array[at : at + 8 * layout.LANE_COUNTERS].view(np.uint64)
+        return self._counters
 
     def hold(self, n: int) -> None:
         """Count n reservations more (or fewer) whose slots may be written to."""
@@ -114,6 +137,7 @@ class Attachment:
         self.dead = Miss.FORKED
         self.locks.abandon()
         self.lease_lock, self.write_lock = threading.RLock(), threading.RLock()
+        self.left.clear()
 
 
 def _context(attachment: Attachment, segment: Segment) -> npt.NDArray[np.int64]:

@@ -293,6 +293,8 @@ class Authority:
         block_bytes, _, n_segments, segment_bytes = sizes
         if min(sizes) < 1 or n_segments * segment_bytes != block_bytes or len(digest) != 32 or len(root) != 16:
             raise ConfigError(f"{n_segments} segments of {segment_bytes} bytes are not a block of {block_bytes}")
+        if segment_bytes % 64 or segment_bytes < 256:
+            raise ConfigError(f"segments of {segment_bytes} bytes: use a multiple of 64 of at least 256")
         slot_class = self._class_for(plan_slots(self.geometry, block_bytes, n_segments))
         free = self._free_space_row()
         row = SpaceRow(free, digest, root, *sizes, slot_class, label[:60])

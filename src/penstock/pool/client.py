@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import threading
 import time
 import weakref
 from dataclasses import dataclass
@@ -29,7 +30,7 @@ from penstock.pool.link import Link
 from penstock.pool.reader import COUNT_BITS, COUNT_MASK, HEAD_BITS, HEAD_MASK, adopt, match
 from penstock.pool.reservation import Reservation
 from penstock.pool.tensors import TensorMap
-from penstock.pool.wire import Names, SpaceOf
+from penstock.pool.wire import Names, SpaceIs, SpaceOf
 from penstock.pool.writer import RING_BIT, must_ring, publish, set_waiting, unapplied
 from penstock.types import Drop, Intent, Miss
 
@@ -44,6 +45,9 @@ log = logging.getLogger("penstock.client")
 _WAIT_SLICE_S = 0.1
 # Damaged blocks that are named in the log; further ones are only counted.
 _MAX_TOLD = 1000
+# Session and tenant names: how much of one is told for display, and how many are remembered as told.
+_MAX_NAME = 200
+_MAX_NAMES = 10_000
 
 _NO_INTENT = [0] * 5
 # By value; a lookup here costs a tenth of the enum's own.
@@ -66,6 +70,11 @@ class SpaceHandle:
     shape: int
     """id | block bytes << 32, as the kernels take it."""
     root: bytes
+
+    def number(self, answer: SpaceIs) -> None:
+        """Take the numbers that the keeper gave this space."""
+        self.id, self.slot_class = answer.id, answer.slot_class
+        self.shape = answer.id | self.block_bytes << 32
 
     def segments(self, which: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
         """Indices of layer segments as a checked int64 array; None is all of them."""
@@ -100,7 +109,10 @@ class Pool:
         self._link = link
         self._grants = GrantStore(at)
         self._handles: dict[bytes, SpaceHandle] = {}
-        self._names: dict[int, str] = {}
+        self._names: set[int] = set()
+        self._closed = False
+        # Closing, and going over to another segment: one after the other.
+        self._changing = threading.RLock()
         self._last_reserve = 0.0
         self._damage_told: set[bytes] = set()
         self._on_close: list[weakref.finalize[..., object]] = []
@@ -127,20 +139,19 @@ class Pool:
                 f"layer segments of {space.segment_bytes} bytes: use a multiple of 64 of at least 256 "
                 "(more tokens in a block)"
             )
-        self._register(handle)
-        self._handles[digest] = handle
+        handle.number(self._ask_for(handle))
+        with self._changing:
+            self._handles[digest] = handle
         return handle
 
-    def _register(self, handle: SpaceHandle) -> None:
+    def _ask_for(self, handle: SpaceHandle) -> SpaceIs:
         space = handle.space
-        answer = self._link.space(
+        return self._link.space(
             SpaceOf(
                 space.digest(), handle.root, space.block_bytes, space.block_tokens, space.n_segments,
                 space.segment_bytes, handle.label,
             )
         )  # fmt: skip
-        handle.id, handle.slot_class = answer.id, answer.slot_class
-        handle.shape = answer.id | handle.block_bytes << 32
 
     # ---- reading
 
@@ -150,9 +161,12 @@ class Pool:
         `intent` is accepted here so that callers need not change; a lookup records none yet.
         """
         at = self._at
-        if at.dead is not None:
-            return Lease(self, at, handle, 0, 0, at.dead)
+        if at.left:
+            at.clean()
         with at.lease_lock:
+            # Under the lock: without it the lane may be another client's by the time it is written to.
+            if at.dead is not None:
+                return Lease(self, at, handle, 0, 0, at.dead)
             packed = match(at.ctx, keys.array, handle.shape)
         return Lease(
             self, at, handle, packed & HEAD_MASK, packed >> HEAD_BITS & COUNT_MASK,
@@ -177,9 +191,9 @@ class Pool:
             raise ConfigError("not a lease hand-over: its parts differ in length")
         handles = np.frombuffer(given.handles, np.int64).reshape(-1, 2).copy()
         keys = np.frombuffer(given.keys, np.uint64).reshape(-1, 2).copy()
-        if at.dead is not None:
-            return Lease(self, at, handle, 0, 0, at.dead)
         with at.lease_lock:
+            if at.dead is not None:
+                return Lease(self, at, handle, 0, 0, at.dead)
             packed = adopt(at.ctx, handles, keys, handle.shape)
         reason = Miss(packed >> (HEAD_BITS + COUNT_BITS))
         return Lease(self, at, handle, packed & HEAD_MASK, packed >> HEAD_BITS & COUNT_MASK, reason)
@@ -200,27 +214,29 @@ class Pool:
 
         Never raises for want of room: the reservation is shorter, its `drop` says why, and the difference is counted.
         """
-        at, deadline = self._at, time.monotonic() + wait_s
+        grants, deadline = self._grants, time.monotonic() + wait_s
+        at = grants.at
         if n < 0:
             raise ValueError(f"{n} slots")
         if at.dead is not None:
-            return Reservation(self, at, handle, np.zeros((0, 2), np.int64), _drop_of(at.dead), deadline)
+            return Reservation(self, grants, handle, np.zeros((0, 2), np.int64), _drop_of(at.dead), deadline)
         n = min(n, at.geometry.ring)
         self._last_reserve = time.monotonic()
-        self._grants.want(handle.slot_class, n)
-        slots = self._grants.pop(handle.slot_class, n)
+        slots = grants.pop(handle.slot_class, n)
         # With enough in hand the keeper learns of the want at the commit: waking it costs as much as copying 512 KiB.
-        if len(slots) < n and must_ring(at.ctx):
-            self._link.ring()
-            slots = np.concatenate([slots, self._grants.pop(handle.slot_class, n - len(slots))])
+        if len(slots) < n:
+            grants.want(handle.slot_class, n, n - len(slots))
+            if must_ring(at.ctx):
+                self._link.ring()
+            slots = np.concatenate([slots, grants.pop(handle.slot_class, n - len(slots))])
         while len(slots) < n and self._wait_for_keeper(at, deadline):
-            slots = np.concatenate([slots, self._grants.pop(handle.slot_class, n - len(slots))])
+            slots = np.concatenate([slots, grants.pop(handle.slot_class, n - len(slots))])
         drop = Drop.NONE
         if len(slots) < n:
             drop = Drop.NO_ROOM if self._link.alive else Drop.NO_KEEPER
             self._count(at, K_DROP + drop, n - len(slots))
-        self._grants.want(handle.slot_class, 0)
-        return Reservation(self, at, handle, slots, drop, deadline)
+        grants.want(handle.slot_class, n, 0)
+        return Reservation(self, grants, handle, slots, drop, deadline)
 
     def store(
         self,
@@ -236,8 +252,13 @@ class Pool:
             n = len(reservation)
             if not n:
                 return Stored(0, reservation.drop)
-            published = reservation.commit(keys[:n], tensors.blocks(slice(n)), intent=intent)
-            drop = Drop.RING_FULL if published < n else reservation.drop
+            try:
+                published = reservation.commit(keys[:n], tensors.blocks(slice(n)), intent=intent)
+            except PoolClosed:  # by another thread, or because the segment was replaced
+                return Stored(0, _drop_of(reservation._at.dead))
+            drop = reservation.drop
+            if published < n:
+                drop = Drop.RING_FULL if reservation._at.dead is None else _drop_of(reservation._at.dead)
         return Stored(published, drop)
 
     def flush(self, timeout_s: float = 1.0) -> bool:
@@ -280,30 +301,23 @@ class Pool:
             done += self._put(at, rows[done:])
         if done < n:
             self._count(at, K_DROP + Drop.RING_FULL, n - done)
-            self._grants.push(handle.slot_class, rows[done:, 1:3])
-        self._grants.used(handle.slot_class, done)
+            reservation._grants.push(handle.slot_class, rows[done:, 1:3])
+        reservation._grants.used(handle.slot_class, done)
         self._count(at, K_COMMITTED, done)
         self._count(at, K_WRITTEN_BYTES, done * handle.block_bytes)
         return done
 
-    def _return_grants(
-        self, at: Attachment, slot_class: int, units: npt.NDArray[np.int64], generations: npt.NDArray[np.int64]
-    ) -> None:
-        """Keep unused slots for the next reservation; they go back to the keeper when the client is idle."""
-        if at is self._at:
-            self._grants.push(slot_class, np.stack([units, generations], axis=1))
-
     def tidy(self, idle_s: float) -> None:
         """Return unused grants if nothing was reserved for `idle_s` seconds."""
+        self._at.clean()
         if time.monotonic() - self._last_reserve >= idle_s:
             self.return_idle_grants()
 
     def return_idle_grants(self) -> int:
         """Give the keeper back what this client was granted and did not use. Returns how many slots."""
-        at = self._at
-        if at.dead is not None:
-            return 0
-        slots = self._grants.drain()
+        grants = self._grants
+        at = grants.at
+        slots = grants.drain()
         if not len(slots):
             return 0
         rows = np.zeros((len(slots), COMMIT_BYTES // 8), np.int64)
@@ -312,7 +326,7 @@ class Pool:
         done = self._put(at, rows)
         for slot_class in np.unique(slots[done:, 0]):
             left = slots[done:]
-            self._grants.keep(int(slot_class), left[left[:, 0] == slot_class, 1:])
+            grants.keep(int(slot_class), left[left[:, 0] == slot_class, 1:])
         return done
 
     def _put(self, at: Attachment, rows: npt.NDArray[np.int64]) -> int:
@@ -328,9 +342,10 @@ class Pool:
         return int(packed & (RING_BIT - 1))
 
     def _count(self, at: Attachment, counter: int, by: int) -> None:
-        if by and at.dead is None:
+        if by:
             with at.lease_lock:
-                at.counters()[counter] += by
+                if at.dead is None:
+                    at.counters()[counter] += by
 
     def _intent_words(self, intent: Intent) -> list[int]:
         """session, tenant, priority, ttl_ms, deadline_ms, as the ring carries them."""
@@ -346,8 +361,10 @@ class Pool:
             return 0
         digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
         if digest not in self._names:
-            self._names[digest] = name
-            self._link.names(Names({digest: name}))
+            if len(self._names) == _MAX_NAMES:
+                self._names.clear()
+            self._names.add(digest)
+            self._link.names(Names({digest: name[:_MAX_NAME]}))
         return digest
 
     # ---- seeing inside
@@ -361,6 +378,7 @@ class Pool:
     def held(self) -> dict[str, int]:
         """What this client holds now: leased blocks, unused grants, commits that the keeper has not taken in."""
         at = self._at
+        at.clean()
         pending = 0 if at.dead is not None else int(unapplied(at.ctx))
         return {"leases": at.n_leased(), "grants": self._grants.count(), "unapplied": pending}
 
@@ -368,11 +386,23 @@ class Pool:
 
     def replace(self, at: Attachment) -> None:
         """Go over to another segment of the same pool. Leases on the old one stay valid and keep it mapped."""
-        old, self._at = self._at, at
-        self._grants = GrantStore(at)
-        old.end()
-        for handle in self._handles.values():
-            self._register(handle)
+        ids: dict[bytes, SpaceIs] = {}
+        while True:
+            # Asked for before anything changes: the keeper may go again, or have no room for a space.
+            for digest, handle in list(self._handles.items()):
+                if digest not in ids:
+                    ids[digest] = self._ask_for(handle)
+            with self._changing:
+                if self._closed:
+                    raise PoolClosed(f"pool {self.name!r} was closed meanwhile")
+                if len(ids) == len(self._handles):
+                    # The old one ends first: with the new numbers nothing may be reserved there.
+                    self._at.end()
+                    for digest, handle in self._handles.items():
+                        handle.number(ids[digest])
+                    self._grants = GrantStore(at)
+                    self._at = at
+                    return
 
     def close(self) -> None:
         """Give everything back and leave. Idempotent.
@@ -380,7 +410,10 @@ class Pool:
         Leases that still stand can only be released; until they (and the arrays made from them) are gone, their blocks
         stay where they are, and the lane stays this client's.
         """
+        with self._changing:
+            self._closed = True
         if self._at.dead is None:
+            self._at.clean()
             self.return_idle_grants()
             self.flush(0.2)
         for finalizer in self._on_close:
@@ -395,11 +428,13 @@ class Pool:
 
     @property
     def closed(self) -> bool:
-        return self._at.dead is not None
+        # Not just any end of the attachment: the next one may be on its way (`replace`).
+        return self._closed or self._at.dead is Miss.FORKED
 
     def _require_open(self) -> None:
-        if self._at.dead is not None:
-            raise PoolClosed(f"pool {self.name!r} is closed here ({self._at.dead.name.lower()}); open it again")
+        if self.closed:
+            why = (self._at.dead or Miss.CLOSED).name.lower()
+            raise PoolClosed(f"pool {self.name!r} is closed here ({why}); open it again")
 
     def __del__(self) -> None:
         # Leases, reservations and views refer to the pool, so none of them stands: the lane can go.
@@ -422,11 +457,12 @@ class Pool:
         for finalizer in self._on_close:
             finalizer.detach()
         self._on_close.clear()
+        self._changing = threading.RLock()
         self._at.forked()
         self._link.abandon()
 
 
-def _drop_of(miss: Miss) -> Drop:
+def _drop_of(miss: Miss | None) -> Drop:
     return Drop.FORKED if miss is Miss.FORKED else Drop.CLOSED
 
 

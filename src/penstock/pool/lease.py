@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -190,12 +191,13 @@ class Lease:
     def __del__(self) -> None:
         # Views keep the lease itself alive, so there are none left here.
         if getattr(self, "_count", 0):
-            self._give_back(0)
+            self._at.finish(partial(self._give_back, 0))
 
     # ---- inside
 
     def _require_live(self) -> None:
-        if self._at.dead is not None:
+        # The attachment alone may have ended: its segment was replaced, and is there for as long as the lease.
+        if self._at.dead is not None and (self._at.dead is Miss.FORKED or self._pool.closed):
             raise PoolClosed(f"the pool was closed ({self._at.dead.name}) while this lease stood; open it again")
 
     def _located(self) -> _Slots:

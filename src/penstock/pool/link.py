@@ -30,6 +30,9 @@ __all__ = ["Link", "SocketLink"]
 
 log = logging.getLogger("penstock.client")
 
+# Names that wait to be told; further ones are shown as digests.
+_MAX_UNTOLD = 1000
+
 
 class Link(Protocol):
     """What a client needs of its keeper."""
@@ -46,7 +49,7 @@ class Link(Protocol):
         """Register a space. Raises KeeperError or NoKeeper."""
 
     def names(self, request: Names) -> None:
-        """Tell what digests stand for; lost without a keeper."""
+        """Tell what digests stand for, soon; lost without a keeper. Never blocks."""
 
     def close(self) -> None: ...
 
@@ -62,7 +65,10 @@ class SocketLink:
         self.alive = False
         self._asking = threading.Lock()
         # Bells are used under this lock: a closed descriptor's number may be another file's a moment later.
-        self._bells = threading.Lock()
+        self._bells = threading.RLock()
+        self._untold: dict[int, str] = {}
+        self.errands = -1
+        """Eventfd of the client's background thread, which tells the keeper names, so that no engine waits for it."""
         self._connection: Connection | None = None
         self._bell = self._own_bell = -1
 
@@ -106,10 +112,24 @@ class SocketLink:
         return reply
 
     def names(self, request: Names) -> None:
-        try:
-            self._ask(request)
-        except KeeperError as error:
-            log.debug("names not told: %s", error)
+        if len(self._untold) < _MAX_UNTOLD:
+            self._untold |= request.names
+            self.send_errand()
+
+    def send_errand(self) -> None:
+        """Wake the background thread, if it still runs."""
+        with self._bells:
+            if self.errands >= 0:
+                os.eventfd_write(self.errands, 1)
+
+    def tell_names(self) -> None:
+        """Tell the keeper what `names` was given, and wait for its answers."""
+        while self._untold and self.alive:
+            digest, name = self._untold.popitem()
+            try:
+                self._ask(Names({digest: name}))
+            except KeeperError as error:
+                log.debug("names not told: %s", error)
 
     def ring(self) -> None:
         with self._bells:
@@ -138,13 +158,14 @@ class SocketLink:
     def hung_up(self, timeout_s: float | None, wake_fd: int) -> bool:
         """Wait until the keeper's end closes (True), or `wake_fd` becomes readable or the time is over (False)."""
         connection = self._connection
-        if connection is None:
-            return True
-        poll = select.poll()
-        poll.register(connection.socket, select.POLLRDHUP)
-        poll.register(wake_fd, select.POLLIN)
-        ready = poll.poll(None if timeout_s is None else max(1, int(timeout_s * 1000)))
-        gone = any(fd == connection.socket.fileno() for fd, _ in ready)
+        number = -1 if connection is None else connection.socket.fileno()
+        gone = number < 0
+        if not gone:
+            poll = select.poll()
+            poll.register(number, select.POLLRDHUP)
+            poll.register(wake_fd, select.POLLIN)
+            ready = poll.poll(None if timeout_s is None else max(1, int(timeout_s * 1000)))
+            gone = any(fd == number for fd, _ in ready)
         if gone:
             self.alive = False
         return gone
@@ -165,9 +186,19 @@ class SocketLink:
 
     def close(self) -> None:
         self.alive = False
+        if (connection := self._connection) is not None:
+            connection.hang_up()  # whoever waits for an answer gives up, and does not hold this up
         self._drop()
+
+    def end_errands(self) -> None:
+        """The background thread ends."""
+        with self._bells:
+            errands, self.errands = self.errands, -1
+            if errands >= 0:
+                os.close(errands)
 
     def abandon(self) -> None:
         self.alive = False
-        self._asking, self._bells = threading.Lock(), threading.Lock()
+        self._asking, self._bells = threading.Lock(), threading.RLock()
         self._close_all()
+        self.end_errands()

@@ -6,10 +6,13 @@ is stopped, works across pid namespaces, and the kernel drops it when the last d
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import struct
 from pathlib import Path
+
+from penstock.errors import NotOurs
 
 KEEPER_BYTE = 0
 FIRST_LANE_BYTE = 1
@@ -23,6 +26,9 @@ class ByteLock:
 
     def __init__(self, path: Path) -> None:
         self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        if os.fstat(self._fd).st_uid != os.geteuid():
+            self.close()
+            raise NotOurs(f"{path} belongs to another user; choose another --name or --path")
 
     def try_acquire(self, byte: int) -> bool:
         """Take the byte if nobody else holds it; never waits."""
@@ -43,6 +49,11 @@ class ByteLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+    def __del__(self) -> None:
+        # A client that forgot its pool without closing it would keep its lane for ever.
+        with contextlib.suppress(AttributeError, TypeError):
+            self.close()
 
     # In a forked child the descriptor shares the parent's locks; closing it there leaves them with the parent.
     abandon = close

@@ -300,5 +300,16 @@ def skip(ctx: int, head: int, count: int) -> int:
 
 @kernel("int64(int64, int64, int64)")
 def unchanged(ctx: int, head: int, count: int) -> int:
-    """How many of a lease's blocks, from the first, still have the generation they were leased under."""
-    return _validate(ctx, head, count)
+    """How many of a lease's blocks, from the first, still have the generation they were leased under.
+
+    The state says nothing here: while the lease stands, the keeper may try to evict the block (LEAVING), finds the
+    lease and lets it be. A slot's bytes change only after its generation did. The fence puts the copy before the look.
+    """
+    records, units = load(ctx + X_RECORDS), load(ctx + X_UNITS)
+    generations, following = load(ctx + X_GENERATIONS), load(ctx + X_NEXT)
+    fence_full()
+    for i in range(count):
+        if load(records + load(units + 8 * head) * RECORD_BYTES + R_GENERATION) != load(generations + 8 * head):
+            return i
+        head = load(following + 8 * head)
+    return count

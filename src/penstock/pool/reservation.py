@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.errors import PoolClosed, ViewsAlive
-from penstock.pool.attachment import Attachment
+from penstock.pool.grants import GrantStore
 from penstock.pool.tensors import TensorMap
 from penstock.pool.views import Pins
 from penstock.types import Drop, Intent, Miss
@@ -32,8 +32,8 @@ class Reservation:
     __slots__ = (
         "_at",
         "_deadline",
-        "_filled",
         "_generations",
+        "_grants",
         "_handle",
         "_open",
         "_pins",
@@ -46,20 +46,20 @@ class Reservation:
     def __init__(
         self,
         pool: Pool,
-        at: Attachment,
+        grants: GrantStore,
         handle: SpaceHandle,
         slots: npt.NDArray[np.int64],
         drop: Drop,
         deadline: float,
     ) -> None:
         self._pool = pool
-        self._at = at
+        self._at = at = grants.at
+        self._grants = grants
         self._handle = handle
         self._units = np.ascontiguousarray(slots[:, 0])
         self._generations = np.ascontiguousarray(slots[:, 1])
         self._deadline = deadline
         self._roots = np.zeros(len(slots), np.uint64)
-        self._filled = np.zeros(len(slots), bool)
         self._pins: Pins | None = None
         self.drop = drop
         self._open = len(slots) > 0
@@ -111,7 +111,7 @@ class Reservation:
             self._open = False
             self._keep_from(len(self))
             if len(units) and self._at.dead is None:
-                self._pool._return_grants(self._at, self._handle.slot_class, units, generations)
+                self._grants.push(self._handle.slot_class, np.stack([units, generations], axis=1))
             self._at.hold(-1)
 
     def _keep_from(self, n: int) -> None:
@@ -166,4 +166,4 @@ class Reservation:
     def __del__(self) -> None:
         # Views keep the reservation itself alive, so there are none left here.
         if getattr(self, "_open", False) and self._at.dead is not Miss.FORKED:
-            self.abort()
+            self._at.finish(self.abort)

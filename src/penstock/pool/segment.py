@@ -9,6 +9,7 @@ from __future__ import annotations
 import mmap
 import os
 import re
+import stat
 import struct
 import time
 import uuid as uuid_module
@@ -90,10 +91,16 @@ def create(path: Path, geometry: Geometry) -> Segment:
     """Make a new segment. The caller holds the keeper's lock.
 
     Raises NoSpaceLeft if the file system cannot hold it, before anything is written. The tables are allocated here, the
-    slabs later, piece by piece. A file without a valid magic number is what an interrupted creation left: replaced.
+    slabs later, piece by piece. What an interrupted creation left (a zero where the magic number belongs) is replaced.
+    NotOurs for another user's file, Damaged for one that was never a segment.
     """
     check_room(path, geometry.total_bytes)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        _check_replaceable(path, fd)
+    except BaseException:
+        os.close(fd)
+        raise
     try:
         os.ftruncate(fd, 0)
         os.ftruncate(fd, geometry.total_bytes)
@@ -114,6 +121,14 @@ def create(path: Path, geometry: Geometry) -> Segment:
         os.close(fd)
         raise NoSpaceLeft(f"{path}: {error.strerror}; ask for a smaller --size or another --path") from error
     return Segment(path, fd, geometry, identity)
+
+
+def _check_replaceable(path: Path, fd: int) -> None:
+    status = os.fstat(fd)
+    if status.st_uid != os.geteuid():
+        raise NotOurs(f"{path} belongs to user {status.st_uid}; choose another --name or --path")
+    if not stat.S_ISREG(status.st_mode) or os.pread(fd, 8, 0) not in (b"", bytes(8), struct.pack("<Q", layout.MAGIC)):
+        raise Damaged(f"{path} is not a Penstock segment; remove it or choose another --path")
 
 
 def open_existing(path: Path, *, check_owner: bool = True) -> Segment:

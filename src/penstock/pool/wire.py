@@ -6,6 +6,7 @@ Administrative requests need no Hello.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import socket
@@ -159,7 +160,7 @@ def socket_path(name: str, *, create: bool = False) -> Path:
 
 
 class Connection:
-    """A client's end of the control socket: one question, one answer, in order. Not thread-safe."""
+    """A client's end of the control socket: one question, one answer, in order. Not thread-safe, but for `hang_up`."""
 
     def __init__(self, name: str, *, timeout_s: float = 5.0) -> None:
         path = socket_path(name)
@@ -188,6 +189,8 @@ class Connection:
         except (OSError, msgspec.DecodeError) as error:
             for fd in fds:
                 os.close(fd)
+            # An answer that comes later would be taken for the next question's.
+            self.hang_up()
             raise NoKeeper(f"the keeper did not answer: {error}") from error
         if isinstance(reply, Error):
             raise KeeperError(reply.text)
@@ -201,6 +204,11 @@ class Connection:
                 raise ConnectionResetError("connection closed")
             data += part
         return data
+
+    def hang_up(self) -> None:
+        """End the conversation: who waits for an answer gives up, and nobody asks again."""
+        with contextlib.suppress(OSError):
+            self.socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self.socket.close()

@@ -26,15 +26,22 @@ class EmbeddedLink:
         self._files = (segment.path, lock_file)
         self._segment = segment
         self._working = threading.RLock()
+        self._busy = False
         self.keeper = Keeper(segment, self._locks, policy=policy)
         self.alive = True
         self._sleep()
 
     def ring(self) -> None:
         with self._working:
-            self.keeper.announce_awake()
-            self.keeper.step()
-            self._sleep()
+            if self._busy:  # a finalizer, in the middle of a step of this very thread: that looks again before it ends
+                return
+            self._busy = True
+            try:
+                self.keeper.announce_awake()
+                self.keeper.step()
+                self._sleep()
+            finally:
+                self._busy = False
 
     def _sleep(self) -> None:
         # Sleeping is what makes clients ring; work that came in while it was announced is done right here.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import resource
@@ -117,15 +118,15 @@ class Guests:
         fds: list[int] = []
         try:
             reply = self._reply(guest, request)
+            frame = encode(reply)
             if isinstance(reply, Welcome):
                 fds = [self._keeper_bell, guest.bell]
         except PenstockError as error:
-            reply = Error(str(error))
+            frame = encode(Error(str(error)))
         except Exception as error:  # one guest's question must not end the service of all others
             self.failed += 1
             log.exception("a request of pid %d failed", guest.pid)
-            reply = Error(f"the keeper failed at this request ({type(error).__name__}); see its log")
-        frame = encode(reply)
+            frame = encode(Error(f"the keeper failed at this request ({type(error).__name__}); see its log"))
         try:
             sent = socket.send_fds(guest.socket, [frame], fds) if fds else guest.socket.send(frame)
         except BlockingIOError:
@@ -182,7 +183,9 @@ class Guests:
         if lanes:
             for guest in self._guests:
                 if guest.lane in lanes:
-                    os.eventfd_write(guest.bell, 1)
+                    # The client has this bell too, and may have filled it up: then it rings.
+                    with contextlib.suppress(OSError):
+                        os.eventfd_write(guest.bell, 1)
 
     def _leave(self, guest: Guest) -> None:
         """A connection ended. Whether its client died, only the lane's lock can say; if so, all is taken back."""

@@ -40,7 +40,7 @@ EVICT_SHARE = 64
 EVICT_TRIES = 16
 # Blocks used within as many uses as this share of a class's slots are not evicted.
 RECENT_SHARE = 8
-MAX_NAMES = 100_000
+MAX_NAMES, MAX_NAME = 100_000, 200
 # How often the keeper tries again to drop a damaged block that a lease holds.
 DAMAGED_RETRY_MS = 100
 
@@ -148,13 +148,9 @@ class Keeper:
 
     def _drain(self, lane: int) -> None:
         """Take in all hits and commits of a lane; hits first, so that they protect what they touched from evictions."""
-        authority = self.authority
-        while len(events := authority.touched(lane)):
-            self._observe(events)
-        before = -1
-        while (left := authority.pending(lane)) > 0 and left != before:
-            before = left
-            self._observe(authority.apply(lane))
+        # Once each, which is what a ring holds: a client that publishes on and on must not keep the others waiting.
+        self._observe(self.authority.touched(lane))
+        self._observe(self.authority.apply(lane))
 
     def _observe(self, events: Events) -> None:
         """Tell the brain. If it contradicts the segment, the segment is right: the brain learns everything anew."""
@@ -187,15 +183,17 @@ class Keeper:
             wants_of(self.authority.ctx, lane, self._wants)
             for slot_class in np.flatnonzero(self._wants[: len(self.authority.shapes)]):
                 if self._grant(lane, int(slot_class), int(self._wants[slot_class])):
-                    granted.add(int(lane))
+                    granted.add(lane)
         return granted
 
     def _grant(self, lane: int, slot_class: int, n: int) -> int:
-        outstanding = self.authority.outstanding()
+        outstanding, limit = self.authority.outstanding(), self.grant_limit(slot_class)
+        # A few for each lane whatever others hold: one that is stopped with all of them must not stall the rest.
+        own = max(1, limit // self.geometry.n_lanes) - int(outstanding[lane, slot_class])
         n = min(
             n,
             self.geometry.ring - int(outstanding[lane].sum()),
-            self.grant_limit(slot_class) - int(outstanding[:, slot_class].sum()),
+            max(own, limit - int(outstanding[:, slot_class].sum())),
         )
         if n <= 0:
             return 0
@@ -351,7 +349,7 @@ class Keeper:
     def learn_names(self, names: dict[int, str]) -> None:
         """What session and tenant digests stand for. Bounded; for display only."""
         if len(self.names) + len(names) <= MAX_NAMES:
-            self.names |= names
+            self.names |= {digest: name[:MAX_NAME] for digest, name in names.items()}
 
     def stop(self) -> None:
         """Leave the segment in order. It stays; another keeper can go on from here."""

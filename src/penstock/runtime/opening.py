@@ -5,6 +5,7 @@ Covers `penstock.open` and coming back after a keeper restarted or its segment w
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import select
@@ -12,7 +13,7 @@ import threading
 import weakref
 from pathlib import Path
 
-from penstock.errors import ConfigError, Damaged, KeeperError, NoKeeper, PenstockError
+from penstock.errors import ConfigError, Damaged, KeeperError, NoKeeper, PenstockError, PoolClosed
 from penstock.pool import segment as segments
 from penstock.pool.attachment import Attachment, LaneGrant
 from penstock.pool.client import Pool
@@ -76,11 +77,11 @@ def _attach(name: str, client: str) -> Pool:
     except BaseException:
         link.close()
         raise
-    stop = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+    stop = link.errands = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
     thread = threading.Thread(
         target=_look_after, args=(weakref.ref(pool), link, client, stop), name=f"penstock-{name}", daemon=True
     )
-    pool._on_close.append(weakref.finalize(pool, os.eventfd_write, stop, 1))
+    pool._on_close.append(weakref.finalize(pool, link.send_errand))
     thread.start()
     return pool
 
@@ -126,6 +127,7 @@ def _look_after(pool_ref: weakref.ref[Pool], link: SocketLink, client: str, stop
             pause = _RETRY_S[min(attempt, len(_RETRY_S) - 1)]
             attempt = 0 if _come_back(pool, link, client) else attempt + 1
         else:
+            link.tell_names()
             pool.tidy(IDLE_S)
         del pool
         if link.alive:
@@ -133,8 +135,10 @@ def _look_after(pool_ref: weakref.ref[Pool], link: SocketLink, client: str, stop
                 log.warning("pool %s: the keeper is gone; reads go on, writes are dropped until it is back", link.name)
         else:
             _nap(stop, pause)
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(stop)
     link.close()  # again: the pool may have been closed while this thread was greeting a keeper
-    os.close(stop)
+    link.end_errands()
 
 
 def _nap(stop: int, seconds: float) -> None:
@@ -157,8 +161,11 @@ def _come_back(pool: Pool, link: SocketLink, client: str) -> bool:
                 pool.replace(fresh)
             except BaseException:
                 locks.close()
+                link.close()  # from its start once more
                 raise
     except NoKeeper:
+        return False
+    except PoolClosed:
         return False
     except (PenstockError, OSError) as error:
         log.warning("pool %s: cannot come back to its keeper yet: %s", pool.name, error)

@@ -40,7 +40,7 @@ class Scale:
 
 
 FULL = Scale("full", 1_000_000, 4 * GIB + 768 * MIB, GIB, 512 * MIB, 25, 25, 8000, 0.3, 10_000, 15)
-TINY = Scale("tiny", 4096, 96 * MIB, 4 * MIB, 8 * MIB, 3, 3, 40, 0.05, 256, 2)
+TINY = Scale("tiny", 4096, 640 * MIB, 4 * MIB, 8 * MIB, 3, 3, 40, 0.05, 256, 2)
 SCALES = {scale.name: scale for scale in (FULL, TINY)}
 
 

@@ -31,16 +31,16 @@ from penstock.bench.report import Result, result
 from penstock.bench.stats import estimate, paired_ratios
 from penstock.identity import KeyChain, Space
 from penstock.pool.client import Pool, SpaceHandle
-from penstock.pool.layout import plan_geometry, plan_slots
+from penstock.pool.layout import Geometry, plan_geometry, plan_slots
 from penstock.pool.tensors import TensorMap
 
-__all__ = ["SPACES", "BatchReader", "resident_chains", "run"]
+__all__ = ["SPACES", "BatchReader", "resident_chains", "room_for_blocks", "run"]
 
 SPACES = {
     "64kib": bench_space(n_segments=16, segment_bytes=4 << 10),
     "2mib": bench_space(n_segments=64, segment_bytes=32 << 10),
 }
-# A share of the slots stays empty: grants made ahead take up to a sixteenth of them.
+# What stays empty is for grants made ahead: a sixteenth of a pool, but never less than two batches.
 _FILLED = 0.9
 _WATCH_S = 10.0
 
@@ -49,17 +49,22 @@ def run(group: Group, scale: Scale) -> Iterator[Result]:
     space = SPACES[group.option]
     geometry = plan_geometry(scale.copy_pool_bytes)
     memcpy, tensors = Copier(scale.memcpy_bytes), EngineTensors(space, scale.tensor_bytes)
-    slots = geometry.n_slabs * plan_slots(geometry, space.block_bytes, space.n_segments).slots_per_slab
     with serving(geometry) as (name, _):
         pool, handle = client(name, space)
         with pool:
-            chains = resident_chains(pool, handle, tensors, int(slots * _FILLED))
+            chains = resident_chains(pool, handle, tensors, room_for_blocks(geometry, space))
             reader = BatchReader(pool, handle, chains, tensors, scale.memcpy_bytes)
             yield from _reads(group, scale, memcpy, reader)
             with helper(_watch, name, space) as watcher:
                 writer = _Writer(pool, handle, tensors, scale.memcpy_bytes, watcher)
                 goal = group.goals[-1]
                 yield _against(goal.name, group, scale, memcpy, writer.seconds, writer.n_bytes)
+
+
+def room_for_blocks(geometry: Geometry, space: Space) -> int:
+    """How many blocks of a space stay in a pool that nobody adds to."""
+    slots = geometry.n_slabs * plan_slots(geometry, space.block_bytes, space.n_segments).slots_per_slab
+    return max(BATCH, min(int(slots * _FILLED), slots - 2 * BATCH))
 
 
 def resident_chains(pool: Pool, handle: SpaceHandle, tensors: EngineTensors, n_blocks: int) -> list[KeyChain]:

@@ -13,11 +13,11 @@ from multiprocessing.connection import Connection as Pipe
 import numpy as np
 
 from penstock.bench.pool.base import MIB, Group, Scale
-from penstock.bench.pool.copying import SPACES, BatchReader, resident_chains
+from penstock.bench.pool.copying import SPACES, BatchReader, resident_chains, room_for_blocks
 from penstock.bench.pool.rig import Copier, EngineTensors, client, helper, random_chains, serving
 from penstock.bench.report import Result, result
 from penstock.bench.stats import estimate, paired_ratios
-from penstock.pool.layout import plan_geometry, plan_slots
+from penstock.pool.layout import plan_geometry
 
 __all__ = ["run"]
 
@@ -31,11 +31,10 @@ _ANSWER_S = 30.0
 
 def run(group: Group, scale: Scale) -> Iterator[Result]:
     geometry = plan_geometry(scale.copy_pool_bytes)
-    slots = geometry.n_slabs * plan_slots(geometry, SPACE.block_bytes, SPACE.n_segments).slots_per_slab
-    n_blocks = int(slots * 0.8)
     with serving(geometry) as (name, _):
         pool, handle = client(name, SPACE)
         with pool:
+            n_blocks = room_for_blocks(geometry, SPACE)
             n_chains = len(resident_chains(pool, handle, EngineTensors(SPACE, 4 * MIB), n_blocks))
         with (
             helper(_work, name, n_chains, scale) as one,
