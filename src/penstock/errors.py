@@ -10,7 +10,8 @@ PenstockError
 |-- NoSpaceLeft            the file system or the memory limit cannot hold the pool
 |-- KeeperError            the keeper refused or did not answer
 |   |-- NoKeeper           none is running
-|   `-- KeeperRunning      one already is
+|   |-- KeeperRunning      one already is
+|   `-- LaneTaken          another process holds the lane that the keeper gave
 |-- ViewsAlive             memory is still referenced by arrays that the caller made
 |-- PoolClosed             used after close
 `-- Refused                a model or layout that Penstock cannot store block by block
@@ -24,6 +25,7 @@ __all__ = [
     "FormatMismatch",
     "KeeperError",
     "KeeperRunning",
+    "LaneTaken",
     "NoKeeper",
     "NoPool",
     "NoSpaceLeft",
@@ -78,6 +80,10 @@ class NoKeeper(KeeperError):
 
 class KeeperRunning(KeeperError):
     """A keeper already serves this pool."""
+
+
+class LaneTaken(KeeperError):
+    """Another process holds the lane that the keeper gave: it restarted in between. Trying again gives another lane."""
 
 
 class ViewsAlive(PenstockError):

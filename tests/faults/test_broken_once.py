@@ -427,3 +427,21 @@ def test_waiting_on_a_closed_link_returns(keeper: Keeper) -> None:
     pool.close()
     pool._link.wait(0.01)
     pool._link.ring()
+
+
+def test_a_client_that_never_confirms_does_not_keep_its_lane(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hello without a confirmation: the lane went with it for as long as the connection stood."""
+    import types
+
+    from penstock.runtime import guests as guests_module
+
+    ended: list[int] = []
+    silent = guests_module.Guest(types.SimpleNamespace(), lane=3, since_s=0.0)  # type: ignore[arg-type]
+    busy = guests_module.Guest(types.SimpleNamespace(), lane=4, since_s=0.0)  # type: ignore[arg-type]
+    fresh = guests_module.Guest(types.SimpleNamespace(), lane=5, since_s=1e12)  # type: ignore[arg-type]
+    guests = guests_module.Guests.__new__(guests_module.Guests)
+    guests._guests = {silent, busy, fresh}
+    guests._keeper = types.SimpleNamespace(opening={3, 5})  # type: ignore[assignment]
+    monkeypatch.setattr(guests_module.Guests, "_leave", lambda self, guest: ended.append(guest.lane))
+    guests.dismiss_silent()
+    assert ended == [3]

@@ -11,6 +11,7 @@ import selectors
 import signal
 import socket
 import struct
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,6 +46,8 @@ _GUEST_FDS = 3
 _OTHER_FDS = 32
 # How long `kick` waits for the killed client's exit.
 KICK_WAIT_MS = 5000
+# How long a client may take from hello to holding its lane's lock; mapping a large segment takes milliseconds.
+CONFIRM_WITHIN_S = 30.0
 
 
 @dataclass(slots=True, eq=False)
@@ -58,6 +61,7 @@ class Guest:
     lane: int = -1
     bell: int = -1
     pidfd: int = -1
+    since_s: float = field(default_factory=time.monotonic)
 
 
 class Guests:
@@ -186,6 +190,14 @@ class Guests:
                     # The client has this bell too, and may have filled it up: then it rings.
                     with contextlib.suppress(OSError):
                         os.eventfd_write(guest.bell, 1)
+
+    def dismiss_silent(self) -> None:
+        """End connections that were given a lane and never said that they hold its lock."""
+        now = time.monotonic()
+        for guest in list(self._guests):
+            if guest.lane in self._keeper.opening and now - guest.since_s > CONFIRM_WITHIN_S:
+                log.warning("pid %d took lane %d and never confirmed it", guest.pid, guest.lane)
+                self._leave(guest)
 
     def _leave(self, guest: Guest) -> None:
         """A connection ended. Whether its client died, only the lane's lock can say; if so, all is taken back."""

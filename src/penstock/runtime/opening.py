@@ -13,7 +13,7 @@ import threading
 import weakref
 from pathlib import Path
 
-from penstock.errors import ConfigError, Damaged, KeeperError, NoKeeper, PenstockError, PoolClosed
+from penstock.errors import ConfigError, Damaged, KeeperError, LaneTaken, NoKeeper, PenstockError, PoolClosed
 from penstock.pool import segment as segments
 from penstock.pool.attachment import Attachment, LaneGrant
 from penstock.pool.client import Pool
@@ -28,6 +28,7 @@ log = logging.getLogger("penstock.client")
 
 # Unused grants go back after this long without a reservation, which is also how often an idle client wakes for it.
 IDLE_S = 2.0
+ATTACH_TRIES = 3
 _RETRY_S = (0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 
 
@@ -72,7 +73,7 @@ def _warm_keys() -> None:
 def _attach(name: str, client: str) -> Pool:
     link = SocketLink(name)
     try:
-        at = _new_attachment(link, client)
+        at = _attachment(link, client)
         pool = Pool(name, at, link, "attached")
     except BaseException:
         link.close()
@@ -84,6 +85,16 @@ def _attach(name: str, client: str) -> Pool:
     pool._on_close.append(weakref.finalize(pool, link.send_errand))
     thread.start()
     return pool
+
+
+def _attachment(link: SocketLink, client: str) -> Attachment:
+    """A new attachment; tried again where a keeper that restarted meanwhile had given the lane to somebody else."""
+    for _ in range(ATTACH_TRIES - 1):
+        try:
+            return _new_attachment(link, client)
+        except LaneTaken as error:
+            log.info("pool %s: %s", link.name, error)
+    return _new_attachment(link, client)
 
 
 def _new_attachment(link: SocketLink, client: str) -> Attachment:
@@ -106,7 +117,7 @@ def _map(welcome: Welcome) -> tuple[ByteLock, Attachment]:
         if segment.uuid != welcome.uuid:
             raise Damaged(f"{path} is not the segment that the keeper serves; was it replaced by hand?")
         if not locks.try_acquire(FIRST_LANE_BYTE + welcome.lane):
-            raise KeeperError(f"lane {welcome.lane} is still locked by another process; try again")
+            raise LaneTaken(f"lane {welcome.lane} is still locked by another process; try again")
         return locks, Attachment(segment, locks, LaneGrant(welcome.lane, welcome.epoch))
     except BaseException:
         locks.close()

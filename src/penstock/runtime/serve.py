@@ -115,6 +115,7 @@ class Server:
         if time.monotonic() >= self._next_tick:
             self._next_tick = time.monotonic() + TICK_S
             self.keeper.reclaim_dead()
+            self.guests.dismiss_silent()
 
     def _rest(self) -> tuple[bool, float]:
         """After a step: whether the keeper has announced its sleep, and how long `select` may take."""

@@ -35,10 +35,12 @@ __all__ = [
     "Copier",
     "EngineTensors",
     "bench_space",
+    "client",
     "fill",
     "helper",
     "new_path",
     "random_chains",
+    "segment_file",
     "serving",
 ]
 
