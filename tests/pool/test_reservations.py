@@ -93,8 +93,8 @@ def test_idle_grants_go_back_only_when_idle(site: Site) -> None:
 
 
 def test_grants_are_bounded() -> None:
-    """A sixteenth of the pool for whoever comes first, and an equal part of as much for everybody else."""
-    geometry = replace(TINY, slab_bytes=1 << 20, n_slabs=8, ring=1024, n_lanes=8)
+    """A 32nd of the pool for whoever comes first, and an equal part of as much for everybody else: 1/16 in all."""
+    geometry = replace(TINY, slab_bytes=1 << 20, n_slabs=16, ring=1024, n_lanes=8)
     with Site.opened(unique_name("u"), geometry) as site:
         slots = plan_slots(geometry, SPACE.block_bytes, SPACE.n_segments).slots_per_slab * geometry.n_slabs
         assert slots // GRANT_SHARE > 64

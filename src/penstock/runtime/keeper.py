@@ -30,8 +30,9 @@ __all__ = ["Keeper"]
 
 log = logging.getLogger("penstock.keeper")
 
-# Grants that clients hold without having filled them: at most this share of a class's slots.
-GRANT_SHARE = 16
+# Grants that clients hold without having filled them: at most this share of a class's slots, and once more as much that
+# is guaranteed to single lanes; a sixteenth of the pool in all.
+GRANT_SHARE = 32
 # Evicting in batches spreads the cost of one fence and one scan of all lanes; a reserve of free slots follows from it.
 EVICT_AHEAD = 512
 # ... but never more than this share of what the class could hold.
@@ -205,7 +206,7 @@ class Keeper:
         return self.geometry.n_slabs * self.authority.shapes[slot_class].slots_per_slab
 
     def grant_limit(self, slot_class: int) -> int:
-        """How many grants of a class may be outstanding: a sixteenth of the pool, but enough for small pools."""
+        """How many grants of a class may be outstanding before only guaranteed ones are given; enough for small pools."""
         slots = self.class_slots(slot_class)
         return max(slots // GRANT_SHARE, min(64, slots // 2), 1)
 
