@@ -41,6 +41,8 @@ EVICT_SHARE = 64
 EVICT_TRIES = 16
 # Blocks used within as many uses as this share of a class's slots are not evicted.
 RECENT_SHARE = 8
+# ... unless nothing could be evicted for this long.
+STUCK_MS = 1000
 MAX_NAMES, MAX_NAME = 100_000, 200
 # How often the keeper tries again to drop a damaged block that a lease holds.
 DAMAGED_RETRY_MS = 100
@@ -65,6 +67,7 @@ class Keeper:
         self._sleep_number = 0
         self._first_lane = 0
         self._owed: set[int] = set()
+        self._stuck_since: list[int | None] = [None] * N_CLASSES
         self._turnover = [Turnover() for _ in range(N_CLASSES)]
         self.took_commits = False
         """Whether the last step found commits (or aborts)."""
@@ -206,7 +209,7 @@ class Keeper:
         return self.geometry.n_slabs * self.authority.shapes[slot_class].slots_per_slab
 
     def grant_limit(self, slot_class: int) -> int:
-        """How many grants of a class may be outstanding before only guaranteed ones are given; enough for small pools."""
+        """How many grants of a class may be outstanding before only guaranteed ones are given."""
         slots = self.class_slots(slot_class)
         return max(slots // GRANT_SHARE, min(64, slots // 2), 1)
 
@@ -255,7 +258,7 @@ class Keeper:
         batch = min(max(n, ahead), len(self._victims))
         before = self.authority.n_free(slot_class)
         # Where all else is leased, a chain that is being stored must not push out its own head.
-        newest = self.authority.stamp - self.class_slots(slot_class) // RECENT_SHARE
+        newest = self._newest_victim(slot_class)
         for _ in range(EVICT_TRIES):
             picked = self.brain.victims(slot_class, batch, self._victims)
             if not picked:
@@ -263,9 +266,22 @@ class Keeper:
             self._observe(self.authority.evict(self._victims[:picked], Eviction.CAPACITY, newest))
             if freed := self.authority.n_free(slot_class) - before:
                 self._turnover[slot_class].add(freed, self.authority.stamp)
+                self._stuck_since[slot_class] = None
                 return freed
             # All of them stay, and count as just used now: the next ones are others.
         return 0
+
+    def _newest_victim(self, slot_class: int) -> int:
+        """The latest use count of a block that may go: not the most recent ones, unless that has left no room for long.
+
+        One recent chain may be all there is, and where nothing is used nothing grows old.
+        """
+        since, now = self._stuck_since[slot_class], self._now()
+        if since is None:
+            self._stuck_since[slot_class] = now
+        elif now - since > STUCK_MS:
+            return self.authority.stamp
+        return self.authority.stamp - self.class_slots(slot_class) // RECENT_SHARE
 
     def _clear_foreign_slab(self, slot_class: int, unused_since: int | None = None) -> bool:
         """Evict the coldest slab of another class, with what hangs on its blocks, and take it, unless leases forbid."""
