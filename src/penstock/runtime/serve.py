@@ -27,6 +27,7 @@ from penstock.pool.locks import KEEPER_BYTE, ByteLock
 from penstock.pool.wire import socket_path
 from penstock.runtime.guests import Guests
 from penstock.runtime.keeper import Keeper
+from penstock.runtime.latency import take_short_slices
 
 __all__ = ["Server"]
 
@@ -87,6 +88,7 @@ class Server:
 
     def run(self) -> None:
         """Serve until stopped, then leave the segment in order for the next keeper."""
+        take_short_slices()
         with _signals(self.stop):
             while not self._stopping:
                 self._turn()
