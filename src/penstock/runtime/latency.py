@@ -1,8 +1,8 @@
 """Waking the keeper at once: a short time slice, so that it preempts the engine thread that rang.
 
 Since Linux 6.12 a thread of the ordinary class may ask for shorter slices (`sched_attr.sched_runtime`); one that wakes
-with a shorter slice than the running one preempts it (EEVDF, PREEMPT_SHORT). Without that, a keeper that is woken on the
-core of a busy engine waits for the next tick, 4 ms. It gets no more of the processor than before, only sooner.
+with a shorter slice than the running one preempts it (EEVDF, PREEMPT_SHORT). Without that, a keeper that is woken on
+the core of a busy engine waits for the next tick, 4 ms. It gets no more of the processor than before, only sooner.
 """
 
 from __future__ import annotations
