@@ -252,8 +252,10 @@ class Pool:
             n = len(reservation)
             if not n:
                 return Stored(0, reservation.drop)
+            if n < len(keys):
+                keys, tensors = keys[:n], tensors.blocks(slice(n))
             try:
-                published = reservation.commit(keys[:n], tensors.blocks(slice(n)), intent=intent)
+                published = reservation.commit(keys, tensors, intent=intent)
             except PoolClosed:  # by another thread, or because the segment was replaced
                 return Stored(0, _drop_of(reservation._at.dead))
             drop = reservation.drop

@@ -27,7 +27,7 @@ from penstock.pool.layout import COMMIT_BYTES, KIND_COMMIT, MIB, plan_geometry
 from penstock.pool.locks import FIRST_LANE_BYTE, ByteLock
 from penstock.pool.reader import COUNT_MASK, HEAD_BITS, match
 from penstock.pool.writer import publish, take_grants, want
-from penstock.runtime.keeper import Keeper
+from penstock.runtime.keeper import GRANT_SHARE, Keeper
 
 __all__ = ["run"]
 
@@ -100,8 +100,10 @@ class _Rig:
     @contextmanager
     def open(cls, blocks: int) -> Iterator[_Rig]:
         """A pool with room for `blocks` blocks and what is granted ahead."""
-        ahead = 2 * CLIENTS * CHAINS_A_TURN * BATCH
-        geometry = plan_geometry(round((blocks + ahead) * (4096 + 64 + 128 + 64) * 1.04) + 64 * MIB, unit_bytes=4096)
+        a_turn = CLIENTS * CHAINS_A_TURN * BATCH
+        # So large that the keeper grants every client what it fills in a turn.
+        slots = max(blocks + 2 * a_turn, 2 * GRANT_SHARE * a_turn)
+        geometry = plan_geometry(round(slots * (4096 + 64 + 128 + 64) * 1.04) + 64 * MIB, unit_bytes=4096)
         with ExitStack() as stack:
             path = stack.enter_context(segment_file(new_path("bench"), geometry))
             segment = segments.open_existing(path)
