@@ -15,10 +15,11 @@ from transformers import PreTrainedModel
 
 import penstock
 from penstock import Drop, Miss, Stored
+from penstock.connectors.counters import Counters
 from penstock.connectors.transformers import Connector, RequestOptions
 from penstock.connectors.transformers.attachment import Attachment
 from penstock.connectors.transformers.cache import ReservedCache, snapshot_of
-from penstock.connectors.transformers.saver import Counters, SaveJob, Saver
+from penstock.connectors.transformers.saver import SaveJob, Saver
 from penstock.errors import ConfigError, NoKeeper, NoSpaceLeft
 from tests.connectors.models import alone, make_model, make_prompt, unique_name
 

@@ -126,6 +126,16 @@ class KeyChain:
         self._pending = np.empty(0, dtype=np.uint32)
         self._pending_extras: dict[int, bytes] = {}
 
+    @staticmethod
+    def known(space: Space, keys: KeyArray, *, parent: Key, start_block: int) -> KeyChain:
+        """A chain of keys that were derived elsewhere, as for blocks that another process names; `keys` is not
+        copied. Raises ConfigError as the constructor does, and for an array of another form."""
+        if keys.dtype != np.uint64 or keys.ndim != 2 or keys.shape[1] != 2 or not keys.flags.c_contiguous:
+            raise ConfigError(f"keys must be a contiguous (n, 2) uint64 array, not {keys.dtype} {keys.shape}")
+        chain = KeyChain(space, parent=parent, start_block=start_block)
+        chain.__setstate__((space, parent, start_block, keys, np.empty(0, dtype=np.uint32), {}))
+        return chain
+
     @property
     def end_block(self) -> int:
         """Index of the block after the last one that has a key."""

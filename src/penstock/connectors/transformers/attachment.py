@@ -14,7 +14,7 @@ from collections.abc import Callable
 
 import penstock
 from penstock import Miss, Pool, Space, SpaceHandle
-from penstock.connectors.transformers.saver import Counters
+from penstock.connectors.counters import Counters
 from penstock.errors import KeeperError, PenstockError, PoolClosed, SegmentError
 
 __all__ = ["Attachment", "miss_of"]

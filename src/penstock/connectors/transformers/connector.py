@@ -25,10 +25,11 @@ from typing import Any
 import torch
 
 from penstock import Intent, Lease, Miss, Pool, SpaceHandle, chain_keys
+from penstock.connectors.counters import Counters
 from penstock.connectors.transformers.attachment import Attachment
 from penstock.connectors.transformers.cache import KvShape, ReservedCache, snapshot_of
 from penstock.connectors.transformers.generation import Watch, check_generation, fresh_kwargs
-from penstock.connectors.transformers.saver import Counters, SaveJob, Saver
+from penstock.connectors.transformers.saver import SaveJob, Saver
 from penstock.connectors.transformers.spaces import SpaceSource
 from penstock.connectors.transformers.support import check_mode, inspect_model, max_positions
 from penstock.errors import ConfigError, Refused

@@ -16,34 +16,17 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from penstock import Drop, Intent, Pool, SpaceHandle, chain_keys
+from penstock.connectors.counters import Counters
 from penstock.connectors.transformers.cache import Snapshot
 from penstock.errors import PenstockError
 from penstock.identity import KeyChain
 
-__all__ = ["Counters", "SaveJob", "Saver"]
+__all__ = ["SaveJob", "Saver"]
 
 _log = logging.getLogger("penstock.connector")
 
 # Slots are granted ahead up to a sixteenth of the pool in all: more at once would come short in small pools.
 _BATCH_BLOCKS = 16
-
-
-class Counters:
-    """Named counts that several threads add to."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._counts: dict[str, int] = {}
-
-    def add(self, name: str, n: int = 1) -> None:
-        """Add `n` to the count of that name, which starts at 0."""
-        with self._lock:
-            self._counts[name] = self._counts.get(name, 0) + n
-
-    def read(self) -> dict[str, int]:
-        """A copy of the counts that are not 0."""
-        with self._lock:
-            return dict(sorted(self._counts.items()))
 
 
 @dataclass(slots=True, eq=False)

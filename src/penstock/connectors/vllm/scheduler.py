@@ -1,0 +1,425 @@
+"""The connector's half in vLLM's scheduler: what can be loaded, what may be stored, and whose leases stand.
+
+The scheduler leases blocks when it looks a request up and holds the leases until every rank has copied; workers take
+leases of their own from the hand-over and check every block again. Only settled blocks are stored: those whose tokens
+are accepted and known, computed by steps whose output has been processed. So a step in which a load failed, and what
+it computed from it, never reaches the pool.
+
+Everything here runs on the engine's thread, between steps, and never waits for the keeper. Covers the order of things;
+`requests.py` has what is known of one request, `worker.py` does the copying.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import time
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+from penstock import Drop, Miss
+from penstock.connectors.counters import Counters
+from penstock.connectors.vllm.config import ConnectorConfig
+from penstock.connectors.vllm.intent import read_request
+from penstock.connectors.vllm.messages import LoadOrder, Orders, RankHello, RankId, Report, SaveOrder, Variant
+from penstock.connectors.vllm.ranks import Handles, Ranks
+from penstock.connectors.vllm.recovery import roll_back
+from penstock.connectors.vllm.requests import Lookup, Tracked, chain_extras, left_alone
+from penstock.connectors.vllm.spaces import adapter_digest
+from penstock.connectors.vllm.tie import Tie
+from penstock.errors import PenstockError
+from penstock.identity import unpack_keys
+
+__all__ = ["SchedulerHalf"]
+
+_log = logging.getLogger("vllm.penstock")
+
+# What a copy is assumed to reach before any was measured; a fifth of a core's memcpy.
+_ASSUMED_BYTES_PER_S = 2e9
+# A load that failed may be tried again once the keeper had time to drop the damaged block; more often is in vain.
+_MAX_FAILED_LOADS = 1
+
+
+class SchedulerHalf:
+    """What `PenstockConnector` does in the scheduler. For one thread."""
+
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        *,
+        may_load: bool,
+        may_save: bool,
+        overlapping_steps: bool,
+        block_tokens: int,
+        counters: Counters,
+        tie: Tie,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`overlapping_steps`: the engine schedules a step before it knows the one before (asynchronous scheduling,
+        pipeline parallelism); then nothing is loaded inside a step, because its failure would be known too late."""
+        self._config = config
+        self._may_load, self._may_save = may_load, may_save
+        self._overlapping = overlapping_steps
+        self._block = block_tokens
+        self._counters = counters
+        self._tie = tie
+        self._ranks = Ranks(tie)
+        self._now_s = now_s
+        self._adapters: dict[tuple[str, str], str] = {}
+        self._epoch = 0
+        self._tracked: dict[str, Tracked] = {}
+        self._numbers = iter(range(1, 1 << 62))
+        self._loads: dict[int, tuple[str, Lookup]] = {}
+        self._saves: dict[int, tuple[Tracked, list[bytes]]] = {}
+        self._in_flight: set[bytes] = set()
+        """Keys, of the first rank, that are being stored."""
+        self._waiting: dict[int, int] = {}
+        """How many ranks have not answered a load or save yet."""
+        self._orders = Orders()
+        self._speed = 0.0
+        self._cache_manager: Any = None
+
+    # ---- start
+
+    def meet(self, hellos: Mapping[RankId, RankHello]) -> None:
+        """The workers are there: what each of them holds of a block. Attaches to the pool, if there is one."""
+        self._ranks.meet(hellos)
+
+    def bind(self, cache_manager: Any) -> None:
+        """The engine's own prefix cache, from which blocks of failed loads are removed."""
+        self._cache_manager = cache_manager
+
+    # ---- requests come
+
+    def arrived(self, request: Any) -> Tracked:
+        """A request was added: read what it asks, and whether it can be shared at all."""
+        asked = read_request(request)
+        for name in asked.malformed:
+            self._counters.add("intent.malformed")
+            _log.debug("request %s: malformed %s is ignored", request.request_id, name)
+        alone = left_alone(request)
+        variant = Variant(epoch=self._epoch)
+        if not alone and request.lora_request is not None:
+            try:
+                variant = Variant(self._adapter(request.lora_request), self._epoch)
+            except (PenstockError, OSError, ValueError) as error:
+                alone = "unknown_adapter"
+                _log.warning("request %s is computed without the pool: %s", request.request_id, error)
+        if alone:
+            self._counters.add(f"left_alone.{alone}")
+        tracked = Tracked(
+            request=request,
+            variant=variant,
+            intent=asked.intent,
+            may_load=self._may_load and not alone and not asked.skip_load,
+            may_save=self._may_save and not alone and not asked.skip_save,
+            min_hit_tokens=max(1, self._config.min_hit_tokens, asked.min_hit_tokens),
+            extras={} if alone else chain_extras(request, self._block),
+        )
+        if asked.skip_load:
+            tracked.miss = Miss.SKIPPED
+        self._tracked[request.request_id] = tracked
+        return tracked
+
+    def _adapter(self, lora_request: Any) -> str:
+        """The adapter's digest, read again whenever it was loaded anew under the same name."""
+        key = (lora_request.lora_path, str(lora_request.lora_int_id))
+        if lora_request.load_inplace or key not in self._adapters:
+            self._adapters[key] = adapter_digest(lora_request)
+        return self._adapters[key]
+
+    # ---- lookups
+
+    def matched(self, request: Any, n_computed: int) -> tuple[int, bool]:
+        """How many tokens beyond the engine's own `n_computed` can be loaded, and whether beside the steps.
+
+        May be asked again and again; the answer may be dropped. Leases what it promises.
+        """
+        tracked = self._tracked.get(request.request_id) or self.arrived(request)
+        if not tracked.may_load or tracked.loading or request.skip_reading_prefix_cache:
+            return 0, False
+        tracked.local_tokens = n_computed
+        lookup = self._lookup(tracked, n_computed // self._block)
+        if lookup is None:
+            return 0, False
+        # The last token is always computed: the next one is drawn from its logits.
+        end = min((lookup.first_block + lookup.n_blocks) * self._block, request.num_tokens - 1)
+        n_tokens = end - n_computed
+        if n_tokens < tracked.min_hit_tokens:
+            if lookup.n_blocks:
+                tracked.miss = Miss.SKIPPED
+            self._drop_lookup(tracked)
+            return 0, False
+        return n_tokens, self._beside(lookup)
+
+    def _lookup(self, tracked: Tracked, first: int) -> Lookup | None:
+        """The lookup that stands, or a new one; None without a pool."""
+        standing = tracked.lookup
+        if standing is not None:
+            if standing.first_block == first and self._now_s() - standing.at_s < self._config.lease_age_s:
+                return standing
+            self._drop_lookup(tracked)
+        n_full = tracked.request.num_tokens // self._block
+        if n_full <= first:
+            return None
+        handles = self._ranks.handles(tracked.variant)
+        if isinstance(handles, Miss):
+            tracked.miss = handles
+            self._counters.add("no_keeper" if handles is Miss.NO_KEEPER else "space_not_registered")
+            return None
+        pool, of_rank = handles
+        tracked.extend(self._ranks.spaces(tracked.variant), n_full * self._block)
+        leases, n_blocks, miss = {}, n_full - first, Miss.NONE
+        for rank, handle in of_rank.items():
+            lease = leases[rank] = pool.match(handle, tracked.chains[rank][first : first + n_blocks])
+            if len(lease) < n_blocks:
+                n_blocks, miss = len(lease), Miss(lease.miss)
+        for lease in leases.values():
+            lease.truncate(n_blocks)
+        tracked.miss = miss
+        tracked.lookup = Lookup(first, n_blocks, leases, self._now_s(), miss)
+        return tracked.lookup
+
+    def _beside(self, lookup: Lookup) -> bool:
+        """Whether the load runs beside the steps instead of before the next one."""
+        if self._overlapping or self._config.sync_load_ms <= 0:
+            return True
+        estimate_s = lookup.n_blocks * self._ranks.largest_block / (self._speed or _ASSUMED_BYTES_PER_S)
+        return estimate_s * 1000 > self._config.sync_load_ms
+
+    def _drop_lookup(self, tracked: Tracked) -> None:
+        lookup, tracked.lookup = tracked.lookup, None
+        if lookup is not None:
+            lookup.release()
+
+    # ---- loads
+
+    def allocated(self, request: Any, pages: list[int], n_external: int) -> None:
+        """The engine gave a request its pages and wants `n_external` tokens loaded; 0 for none."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return
+        if n_external <= 0:
+            self._drop_lookup(tracked)
+            return
+        lookup, tracked.lookup = tracked.lookup, None
+        if lookup is None:
+            # Never seen. The engine counts on these tokens, so that the workers must report them as not loaded.
+            lookup = Lookup(0, -(-request.num_tokens // self._block), {}, self._now_s(), Miss.CLOSED)
+        end = lookup.first_block + lookup.n_blocks
+        number = next(self._numbers)
+        self._loads[number] = (request.request_id, lookup)
+        self._waiting[number] = len(self._ranks)
+        tracked.loading, tracked.beside = number, self._beside(lookup)
+        tracked.hit_tokens = n_external
+        tracked.save_anew()
+        self._counters.add("hit_tokens", n_external)
+        self._orders.loads.append(
+            LoadOrder(
+                number=number,
+                request=request.request_id,
+                variant=tracked.variant,
+                leases={rank: lease.handover() for rank, lease in lookup.leases.items()},
+                pages=pages[lookup.first_block : end],
+                beside=tracked.beside,
+                deadline_s=self._now_s() + self._config.load_deadline_s,
+            )
+        )
+
+    # ---- saves
+
+    def orders(
+        self, scheduled: Iterable[str], pages_of: Callable[[str], list[int]], preempted: Iterable[str]
+    ) -> Orders:
+        """What the workers are to do in this step; the scheduler has just made it.
+
+        `scheduled` are the requests in it, `pages_of` gives a request's pages, `preempted` lost theirs since the last
+        step.
+        """
+        orders, self._orders = self._orders, Orders()
+        for name in preempted:
+            tracked = self._tracked.get(name)
+            if tracked is not None:
+                tracked.save_anew()
+                if tracked.saving:
+                    orders.preempted.append(name)
+        if self._may_save:
+            for name in scheduled:
+                tracked = self._tracked.get(name)
+                if tracked is not None and tracked.n_settled // self._block > tracked.n_planned:
+                    self._plan_saves(tracked, pages_of, orders)
+        self._release_old()
+        return orders
+
+    def _plan_saves(self, tracked: Tracked, pages_of: Callable[[str], list[int]], orders: Orders) -> None:
+        """Have the settled blocks stored that the pool lacks and nobody is storing."""
+        n_full = tracked.n_settled // self._block
+        handles = self._ranks.handles(tracked.variant)
+        if not tracked.may_save or n_full <= tracked.n_planned or isinstance(handles, Miss):
+            return
+        tracked.n_planned = n_full
+        tracked.extend(self._ranks.spaces(tracked.variant), n_full * self._block)
+        if tracked.n_saved is None:
+            tracked.n_saved = _present(tracked, handles, n_full)
+        first = tracked.n_saved
+        keys: list[bytes] = [*unpack_keys(next(iter(tracked.chains.values())).array[first:n_full])]
+        while keys and keys[0] in self._in_flight:
+            del keys[0]
+            first += 1
+        tracked.n_saved = n_full
+        if keys:
+            name = tracked.request.request_id
+            orders.saves.append(self._save(tracked, first, keys, pages_of(name)[first:n_full]))
+
+    def _save(self, tracked: Tracked, first: int, keys: list[bytes], pages: list[int]) -> SaveOrder:
+        number = next(self._numbers)
+        parts = {rank: chain[first : first + len(keys)] for rank, chain in tracked.chains.items()}
+        self._saves[number] = (tracked, keys)
+        self._in_flight.update(keys)
+        self._waiting[number] = len(self._ranks)
+        tracked.saving.add(number)
+        return SaveOrder(
+            number=number,
+            request=tracked.request.request_id,
+            variant=tracked.variant,
+            first_block=first,
+            keys={rank: part.parent + part.array.tobytes() for rank, part in parts.items()},
+            pages=pages,
+            intent=tracked.intent,
+        )
+
+    # ---- what came of it
+
+    def reported(self, report: Report | None, invalid_pages: set[int]) -> None:
+        """A step's output: what workers finished, and which pages a load left without their content."""
+        if report is not None:
+            self._ranks.attached(report.pools)
+            self._speed = report.bytes_per_s or self._speed
+            for number, n_ranks in report.loaded.items():
+                if self._all_ranks(number, n_ranks):
+                    self._load_ended(number)
+            for number, drop in report.dropped.items():
+                self._save_dropped(number, drop)
+            for number, n_ranks in report.saved.items():
+                if self._all_ranks(number, n_ranks):
+                    self._save_ended(number)
+        if invalid_pages:
+            self._failed(invalid_pages)
+
+    def _all_ranks(self, number: int, n_ranks: int) -> bool:
+        if number not in self._waiting:
+            return False
+        self._waiting[number] -= n_ranks
+        if self._waiting[number] > 0:
+            return False
+        del self._waiting[number]
+        return True
+
+    def _load_ended(self, number: int) -> None:
+        name, lookup = self._loads.pop(number)
+        lookup.release()
+        tracked = self._tracked.get(name)
+        if tracked is not None and tracked.loading == number:
+            tracked.loading = 0
+
+    def _save_dropped(self, number: int, drop: Drop) -> None:
+        found = self._saves.get(number)
+        if found is not None:
+            # The next block that fills looks at what the pool has and tries again from there.
+            found[0].n_saved = None
+            _log.debug("request %s: blocks were not stored (%s)", found[0].request.request_id, drop.name.lower())
+
+    def _save_ended(self, number: int) -> None:
+        tracked, keys = self._saves.pop(number)
+        self._in_flight.difference_update(keys)
+        tracked.saving.discard(number)
+
+    def _failed(self, invalid_pages: set[int]) -> None:
+        self._counters.add("load.failed_blocks", len(invalid_pages))
+        if self._cache_manager is None:
+            return
+        for name in roll_back(self._cache_manager, self._tracked.values(), invalid_pages, self._block):
+            tracked = self._tracked[name]
+            tracked.miss = Miss.CHECKSUM
+            tracked.save_anew()
+            tracked.n_failed_loads += 1
+            if tracked.n_failed_loads > _MAX_FAILED_LOADS:
+                tracked.may_load = False
+
+    # ---- requests go
+
+    def finished(self, request: Any, pages: list[int]) -> bool:
+        """A request ended, however it did. True: its pages must stay until its saves have ended."""
+        tracked = self._tracked.get(request.request_id)
+        if tracked is None:
+            return False
+        self._drop_lookup(tracked)
+        self._plan_saves(tracked, lambda _: pages, self._orders)
+        del self._tracked[request.request_id]
+        self._tell(tracked)
+        if not tracked.saving or (tracked.loading and tracked.beside):
+            # With a load beside the steps in flight the engine keeps the pages by itself.
+            return False
+        self._orders.delayed.append(request.request_id)
+        return True
+
+    def _tell(self, tracked: Tracked) -> None:
+        request = tracked.request
+        self._counters.add("requests")
+        self._counters.add("prompt_tokens", request.num_prompt_tokens)
+        self._counters.add(f"lookup.{tracked.miss.name.lower()}")
+        _log.info(
+            "request %s: prompt_tokens=%d local_tokens=%d hit_tokens=%d miss=%s blocks=%d",
+            request.request_id,
+            request.num_prompt_tokens,
+            tracked.local_tokens,
+            tracked.hit_tokens,
+            tracked.miss.name.lower(),
+            tracked.n_saved or 0,
+        )
+
+    def _release_old(self) -> None:
+        """Lookups that no answer was made of, as of requests that wait long for pages."""
+        limit = self._now_s() - self._config.lease_age_s
+        for tracked in self._tracked.values():
+            if tracked.lookup is not None and tracked.lookup.at_s <= limit:
+                self._drop_lookup(tracked)
+
+    def reset(self) -> bool:
+        """The engine's caches are void, as after new weights: blocks of before are of another space from now on.
+
+        The new one is this engine's alone: nobody else can say that their weights changed in the same way.
+        """
+        self._epoch = secrets.randbits(63) | 1
+        for tracked in self._tracked.values():
+            self._drop_lookup(tracked)
+            tracked.variant = Variant(tracked.variant.adapter, self._epoch)
+            tracked.forget_keys()
+        self._counters.add("resets")
+        return True
+
+    def held(self) -> dict[str, int]:
+        """What stands now: for tests and for whoever looks for leaks."""
+        return {
+            "requests": len(self._tracked),
+            "lookups": sum(tracked.lookup is not None for tracked in self._tracked.values()),
+            "loads": len(self._loads),
+            "saves": len(self._saves),
+        }
+
+    def close(self) -> None:
+        """Give everything back and leave the pool."""
+        for tracked in self._tracked.values():
+            self._drop_lookup(tracked)
+        for _, lookup in self._loads.values():
+            lookup.release()
+        self._tie.close()
+
+
+def _present(tracked: Tracked, handles: Handles, n_full: int) -> int:
+    """Leading blocks that every rank's space has in the pool."""
+    pool, of_rank = handles
+    for rank, handle in of_rank.items():
+        with pool.match(handle, tracked.chains[rank][:n_full]) as lease:
+            n_full = min(n_full, len(lease))
+    return n_full
