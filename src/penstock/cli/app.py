@@ -96,6 +96,38 @@ def kick(
     run(name, lane)
 
 
+@app.command()
+def vllm(
+    model: Annotated[str, typer.Argument(help="Directory or hub id, as vLLM takes it.")],
+    extra: Annotated[
+        list[str] | None, typer.Argument(metavar="[-- ARGS]...", help="Further arguments for vLLM, after `--`.")
+    ] = None,
+    pool: Annotated[str, typer.Option("--pool", "-n", help="The pool's name.")] = "default",
+    run: Annotated[bool, typer.Option("--run/--print", help="Become the server, or print its command.")] = False,
+    port: Annotated[int | None, typer.Option("--port", min=1, max=65535, help="Default: vLLM's, 8000.")] = None,
+    block_size: Annotated[
+        int | None, typer.Option("--block-size", min=1, help="Tokens in a block; default: vLLM's.")
+    ] = None,
+    kv_cache_memory: Annotated[
+        str,
+        typer.Option(
+            "--kv-cache-memory",
+            help="vLLM's own KV cache: bytes, or 512M, 4G; default: a quarter of what is free now, at most 16G.",
+        ),
+    ] = "",
+    intent_headers: Annotated[
+        bool, typer.Option("--intent-headers", help="Let clients say their intent in X-Penstock-* headers.")
+    ] = False,
+) -> None:
+    """vLLM's OpenAI server on top of a pool: print the whole command for this machine, or run it."""
+    from penstock.cli.vllm import vllm as start
+
+    start(
+        model, extra or [], pool, run=run, port=port, block_size=block_size, kv_cache_memory=kv_cache_memory,
+        intent_headers=intent_headers,
+    )  # fmt: skip
+
+
 bench = typer.Typer(help="Measure this machine against the targets.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 

@@ -36,6 +36,7 @@ _MIN_PRIORITY, _MAX_PRIORITY = -(1 << 31), (1 << 31) - 1
 # September 2001 and the year 5138: outside lies what somebody meant as a duration, or as milliseconds.
 _MIN_DEADLINE_S, _MAX_DEADLINE_S = 1e9, 1e11
 _MAX_TTL_S = 1e9
+_MAX_WAIT_S = 60.0
 _MAX_TOKENS = (1 << 31) - 1
 
 
@@ -49,6 +50,8 @@ class Asked:
     skip_load: bool = False
     min_hit_tokens: int = 0
     """A hit of fewer tokens is not worth loading to this request."""
+    wait_s: float = 0.0
+    """How long its first lookup may wait for blocks that another server is still storing."""
     malformed: tuple[str, ...] = ()
     """What was ignored, by the name of its place: one of a small fixed set, never the request's own text."""
 
@@ -86,6 +89,7 @@ def read_request(request: object) -> Asked:
         skip_save=said.get("skip_save", False),
         skip_load=said.get("skip_load", False),
         min_hit_tokens=said.get("min_hit_tokens", 0),
+        wait_s=said.get("wait_s", 0.0),
         malformed=tuple(dict.fromkeys(malformed)),
     )
 
@@ -201,6 +205,7 @@ _FIELDS: dict[str, Callable[[object], object]] = {
     "skip_save": _or_unsaid(_flag),
     "skip_load": _or_unsaid(_flag),
     "min_hit_tokens": _or_unsaid(_whole(0, _MAX_TOKENS)),
+    "wait_s": _or_unsaid(_number(0, _MAX_WAIT_S)),
 }
 FIELDS = tuple(_FIELDS)
 """The keys of our object. Times are Unix time (`deadline_s`) and seconds after the last use (`ttl_s`)."""

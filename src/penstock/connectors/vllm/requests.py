@@ -48,11 +48,14 @@ class Tracked:
     may_load: bool
     may_save: bool
     min_hit_tokens: int
+    wait_s: float
+    """How long the first lookup may wait for blocks on their way."""
     extras: dict[int, bytes]
     chains: dict[RankId, KeyChain] = field(default_factory=dict)
     n_hashed: int = 0
     """Tokens that are in the chains."""
     lookup: Lookup | None = None
+    wait_until_s: float | None = None
     loading: int = 0
     """Number of the load in flight, 0 for none."""
     beside: bool = False

@@ -25,7 +25,7 @@ from penstock.connectors.vllm.messages import LoadOrder, Orders, RankHello, Rank
 from penstock.connectors.vllm.ranks import Handles, Ranks
 from penstock.connectors.vllm.recovery import roll_back
 from penstock.connectors.vllm.requests import Lookup, Tracked, chain_extras, left_alone
-from penstock.connectors.vllm.spaces import adapter_digest
+from penstock.connectors.vllm.spaces import Adapters
 from penstock.connectors.vllm.tie import Tie
 from penstock.errors import PenstockError
 from penstock.identity import unpack_keys
@@ -65,7 +65,7 @@ class SchedulerHalf:
         self._tie = tie
         self._ranks = Ranks(tie)
         self._now_s = now_s
-        self._adapters: dict[tuple[str, str], str] = {}
+        self._adapters = Adapters()
         self._epoch = 0
         self._tracked: dict[str, Tracked] = {}
         self._numbers = iter(range(1, 1 << 62))
@@ -101,7 +101,7 @@ class SchedulerHalf:
         variant = Variant(epoch=self._epoch)
         if not alone and request.lora_request is not None:
             try:
-                variant = Variant(self._adapter(request.lora_request), self._epoch)
+                variant = Variant(self._adapters.digest(request.lora_request), self._epoch)
             except (PenstockError, OSError, ValueError) as error:
                 alone = "unknown_adapter"
                 _log.warning("request %s is computed without the pool: %s", request.request_id, error)
@@ -114,6 +114,7 @@ class SchedulerHalf:
             may_load=self._may_load and not alone and not asked.skip_load,
             may_save=self._may_save and not alone and not asked.skip_save,
             min_hit_tokens=max(1, self._config.min_hit_tokens, asked.min_hit_tokens),
+            wait_s=asked.wait_s,
             extras={} if alone else chain_extras(request, self._block),
         )
         if asked.skip_load:
@@ -121,19 +122,13 @@ class SchedulerHalf:
         self._tracked[request.request_id] = tracked
         return tracked
 
-    def _adapter(self, lora_request: Any) -> str:
-        """The adapter's digest, read again whenever it was loaded anew under the same name."""
-        key = (lora_request.lora_path, str(lora_request.lora_int_id))
-        if lora_request.load_inplace or key not in self._adapters:
-            self._adapters[key] = adapter_digest(lora_request)
-        return self._adapters[key]
-
     # ---- lookups
 
-    def matched(self, request: Any, n_computed: int) -> tuple[int, bool]:
+    def matched(self, request: Any, n_computed: int) -> tuple[int | None, bool]:
         """How many tokens beyond the engine's own `n_computed` can be loaded, and whether beside the steps.
 
-        May be asked again and again; the answer may be dropped. Leases what it promises.
+        None: ask again in the next step. May be asked again and again; the answer may be dropped. Leases what it
+        promises.
         """
         tracked = self._tracked.get(request.request_id) or self.arrived(request)
         if not tracked.may_load or tracked.loading or request.skip_reading_prefix_cache:
@@ -142,6 +137,9 @@ class SchedulerHalf:
         lookup = self._lookup(tracked, n_computed // self._block)
         if lookup is None:
             return 0, False
+        if lookup.miss is Miss.ABSENT and self._may_wait(tracked):
+            self._drop_lookup(tracked)
+            return None, False
         # The last token is always computed: the next one is drawn from its logits.
         end = min((lookup.first_block + lookup.n_blocks) * self._block, request.num_tokens - 1)
         n_tokens = end - n_computed
@@ -151,6 +149,11 @@ class SchedulerHalf:
             self._drop_lookup(tracked)
             return 0, False
         return n_tokens, self._beside(lookup)
+
+    def _may_wait(self, tracked: Tracked) -> bool:
+        if tracked.wait_until_s is None:
+            tracked.wait_until_s = self._now_s() + tracked.wait_s
+        return self._now_s() < tracked.wait_until_s
 
     def _lookup(self, tracked: Tracked, first: int) -> Lookup | None:
         """The lookup that stands, or a new one; None without a pool."""
@@ -395,6 +398,8 @@ class SchedulerHalf:
             self._drop_lookup(tracked)
             tracked.variant = Variant(tracked.variant.adapter, self._epoch)
             tracked.forget_keys()
+            # What it has computed is of before, and what follows builds on it.
+            tracked.may_save = tracked.may_save and not tracked.request.num_computed_tokens
         self._counters.add("resets")
         return True
 

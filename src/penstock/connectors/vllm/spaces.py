@@ -17,9 +17,9 @@ from penstock import Space
 from penstock.connectors.vllm.layout import PagedCaches
 from penstock.connectors.vllm.messages import RankId, Variant
 from penstock.errors import Refused
-from penstock.identity import UNIT_SCALES, Rank, config_digest, join_digests, weight_files, weights_digest
+from penstock.identity import UNIT_SCALES, Rank, config_digest, weight_files, weights_digest
 
-__all__ = ["ENGINE", "adapter_digest", "check_engine", "engine_space", "varied"]
+__all__ = ["ENGINE", "Adapters", "check_engine", "engine_space", "varied"]
 
 ENGINE = "vllm/1"
 
@@ -90,13 +90,40 @@ def varied(space: Space, variant: Variant) -> Space:
     return replace(space, adapter=variant.adapter, epoch=variant.epoch)
 
 
-def adapter_digest(lora_request: Any) -> str:
-    """Digest of a LoRA adapter's files, whatever it is called; Refused where they cannot be read."""
-    folder = Path(lora_request.lora_path)
-    config = folder / "adapter_config.json"
-    if not folder.is_dir() or not config.is_file():
-        raise Refused(f"the adapter {lora_request.lora_name!r} is not a folder with an adapter_config.json here")
-    return join_digests(weights_digest(_adapter_files(folder)), weights_digest([config]))
+class Adapters:
+    """Digests of the LoRA adapters that requests name. For one thread."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, int], tuple[str, _Stamp]] = {}
+
+    def digest(self, lora_request: Any) -> str:
+        """Digest of the adapter's files, whatever it is called. Reads them once (about 1 GB/s and core).
+
+        Raises Refused where they cannot be read, or changed since: then nobody knows which of them the engine loaded.
+        """
+        folder = Path(lora_request.lora_path)
+        config = folder / "adapter_config.json"
+        if not folder.is_dir() or not config.is_file():
+            raise Refused(f"the adapter {lora_request.lora_name!r} is not a folder with an adapter_config.json here")
+        files = (*_adapter_files(folder), config)
+        stamp = tuple((file.name, *_identity(file.stat())) for file in files)
+        key = (str(folder), int(lora_request.lora_int_id))
+        known = self._known.get(key)
+        if known is None or (lora_request.load_inplace and known[1] != stamp):
+            known = self._known[key] = (weights_digest(files), stamp)
+        if known[1] != stamp:
+            raise Refused(
+                f"the files of adapter {lora_request.lora_name!r} changed after it was first used: load them under "
+                "another name"
+            )
+        return known[0]
+
+
+_Stamp = tuple[tuple[str, int, int, int], ...]
+
+
+def _identity(stat: os.stat_result) -> tuple[int, int, int]:
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def _adapter_files(folder: Path) -> tuple[Path, ...]:

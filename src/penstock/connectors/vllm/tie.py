@@ -7,6 +7,7 @@ that comes later, and the handles of spaces. Does not cover what a keeper's rest
 
 from __future__ import annotations
 
+import importlib
 import logging
 import threading
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from collections.abc import Callable
 import penstock
 from penstock import Pool, Space, SpaceHandle
 from penstock.errors import PenstockError
+from penstock.identity import warm
 
 __all__ = ["Tie"]
 
@@ -157,9 +159,6 @@ class Tie:
 
 def _load_kernels() -> None:
     """Load or compile what requests will use, so that none of them waits for it (once about 20 s, then 0.5)."""
-    import penstock.pool.copies
-    import penstock.pool.slots
-    from penstock.identity import warm
-
-    assert penstock.pool.copies and penstock.pool.slots
+    for module in ("penstock.pool.copies", "penstock.pool.slots"):
+        importlib.import_module(module)
     warm()
