@@ -15,7 +15,7 @@ from typer.testing import CliRunner, Result
 
 from penstock.cli import vllm as command_module
 from penstock.cli.app import app
-from penstock.cli.vllm import MAX_KV_BYTES, MIDDLEWARE, MIN_KV_BYTES, SERVER, kv_cache_bytes
+from penstock.connectors.vllm.command import MAX_KV_BYTES, MIDDLEWARE, MIN_KV_BYTES, SERVER, kv_cache_bytes
 from penstock.connectors.vllm.versions import TESTED
 from penstock.errors import ConfigError, NoSpaceLeft, PenstockError, Refused
 from tests.support import ROOT, environment, penstock_cli, unique_name

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -14,6 +15,14 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+class DemoEngine(StrEnum):
+    """What serves the demo's model."""
+
+    TRANSFORMERS = "transformers"
+    VLLM = "vllm"
+
 
 Name = Annotated[str, typer.Option("--name", "-n", help="The pool's name.")]
 PathOption = Annotated[Path | None, typer.Option("--path", help="The segment's file; default: in /dev/shm, by name.")]
@@ -71,11 +80,14 @@ def demo(
     turns: Annotated[int, typer.Option(min=2, max=50)] = 4,
     new_tokens: Annotated[int, typer.Option("--new-tokens", min=1, help="Tokens to generate in each turn.")] = 24,
     out: Annotated[Path | None, typer.Option("--out", help="Write what was measured here, as JSON.")] = None,
+    engine: Annotated[
+        DemoEngine, typer.Option("--engine", help="What serves the model; vllm needs vLLM installed.")
+    ] = DemoEngine.TRANSFORMERS,
 ) -> None:
     """Two engine processes share a model's KV through one pool, whose keeper is killed in between."""
     from penstock.cli.demo import demo as run
 
-    run(model, size, conversations, turns, new_tokens, out)
+    run(model, size, conversations, turns, new_tokens, out, engine.value)
 
 
 @app.command()

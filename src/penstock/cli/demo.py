@@ -17,15 +17,19 @@ from penstock.errors import ConfigError
 __all__ = ["demo"]
 
 
-def demo(model: str, size: str, conversations: int, turns: int, new_tokens: int, out: Path | None) -> None:
+def demo(model: str, size: str, conversations: int, turns: int, new_tokens: int, out: Path | None, engine: str) -> None:
     """Run the demo and print its table. Exit status 1 if an output differs beyond the rule or a hit is missing."""
     try:
         from penstock.demo.model import SHIPPED_MODEL
         from penstock.demo.run import Result, Settings, run_demo
     except ImportError as error:
         raise ConfigError(f"the demo needs PyTorch and transformers ({error}): pip install 'penstock[demo]'") from error
+    if engine == "vllm":
+        from penstock.connectors.vllm.versions import check_version
+
+        check_version()
     console = Console()
-    settings = Settings(model or SHIPPED_MODEL, size, conversations, turns, new_tokens)
+    settings = Settings(model or SHIPPED_MODEL, size, conversations, turns, new_tokens, engine)
     columns = TextColumn("{task.description:52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1)

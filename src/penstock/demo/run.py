@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from penstock.demo.model import load_conversations, load_tokenizer
 from penstock.demo.processes import EngineProcess, KeeperProcess
@@ -21,6 +21,22 @@ __all__ = ["PHASES", "Outcome", "Result", "Settings", "run_demo"]
 # Where a request's prefix came from, in the order of the table.
 PHASES = ("first time seen", "seen by the same process", "seen by the other process", "keeper dead", "keeper restarted")
 KEEPER_BACK_S = 30.0
+
+
+class AnyEngine(Protocol):
+    """One engine: a process of ours, or a server."""
+
+    label: str
+    facts: dict[str, Any]
+
+    def ready(self) -> AnyEngine:
+        """Wait until it answers."""
+
+    def ask(self, do: str, **arguments: Any) -> dict[str, Any]:
+        """One request."""
+
+    def stop(self) -> None:
+        """End it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +83,8 @@ class Settings:
     n_conversations: int
     n_turns: int
     new_tokens: int
+    engine: str = "transformers"
+    """Or "vllm", where it is installed: two real servers."""
 
 
 def run_demo(settings: Settings, progress: Callable[[str, int, int], None]) -> Result:
@@ -78,10 +96,11 @@ def run_demo(settings: Settings, progress: Callable[[str, int, int], None]) -> R
         progress("starting the keeper", 0, 1)
         keeper = KeeperProcess(name, settings.size, cleanup.enter_context((logs / "keeper.log").open("w")))
         cleanup.callback(keeper.stop)
-        engines = []
+        engines: list[AnyEngine] = []
+        start = _starter(settings, name)
         for label in "AB":
             log = cleanup.enter_context((logs / f"engine-{label}.log").open("w"))
-            engines.append(EngineProcess(label, settings.model_id, name, log))
+            engines.append(start(label, log))
             cleanup.callback(engines[-1].stop)
         progress("loading the model in two engines", 0, 1)
         try:
@@ -90,6 +109,15 @@ def run_demo(settings: Settings, progress: Callable[[str, int, int], None]) -> R
             for log_file in sorted(logs.glob("*.log")):
                 print(f"--- {log_file.name}\n{log_file.read_text()[-4000:]}")
             raise
+
+
+def _starter(settings: Settings, pool_name: str) -> Callable[[str, Any], AnyEngine]:
+    if settings.engine == "vllm":
+        from penstock.demo.servers import ServerEngine, Stored
+
+        stored = Stored(pool_name)
+        return lambda label, log: ServerEngine(label, settings.model_id, pool_name, log, stored)
+    return lambda label, log: EngineProcess(label, settings.model_id, pool_name, log)
 
 
 def _remove_segment(name: str) -> None:
@@ -101,7 +129,7 @@ def _remove_segment(name: str) -> None:
 def _converse(
     settings: Settings,
     keeper: KeeperProcess,
-    engines: list[EngineProcess],
+    engines: list[AnyEngine],
     progress: Callable[[str, int, int], None],
 ) -> Result:
     facts = engines[0].facts
@@ -134,7 +162,7 @@ def _converse(
     return result
 
 
-def _expect_return(engines: list[EngineProcess], result: Result) -> None:
+def _expect_return(engines: list[AnyEngine], result: Result) -> None:
     for engine in engines:
         if not engine.ask("wait_for_keeper", timeout_s=KEEPER_BACK_S)["alive"]:
             result.problems.append(f"engine {engine.label} did not come back to the restarted keeper")
@@ -142,7 +170,7 @@ def _expect_return(engines: list[EngineProcess], result: Result) -> None:
 
 def _one_turn(
     turn: Turn,
-    engine: EngineProcess,
+    engine: AnyEngine,
     expectation: Expectation,
     state: str,
     result: Result,

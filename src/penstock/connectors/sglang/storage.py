@@ -45,6 +45,8 @@ _log = logging.getLogger("penstock.connector")
 
 # Slots are granted ahead up to a sixteenth of the pool in all: more at once would come short in small pools.
 _BATCH_BLOCKS = 16
+# Pages looked up at once: each is leased meanwhile, and a client has a few thousand leases.
+_FIND_BLOCKS = 1024
 
 T = TypeVar("T")
 
@@ -231,11 +233,16 @@ class PenstockStorage(HiCacheStorage):  # type: ignore[misc,unused-ignore]
         if tied is None:
             return 0
         _, pool, handle = tied
-        with pool.match(handle, _chain(handle.space, keys)) as lease:
-            self._counters.add("exists.pages", len(lease))
-            if len(lease) < len(keys):
-                self._counters.add(f"exists.{Miss(lease.miss).name.lower()}")
-            return len(lease)
+        found = 0
+        while found < len(keys):
+            part = keys[found : found + _FIND_BLOCKS]
+            with pool.match(handle, _chain(handle.space, part)) as lease:
+                found += len(lease)
+                if len(lease) < len(part):
+                    self._counters.add(f"exists.{Miss(lease.miss).name.lower()}")
+                    break
+        self._counters.add("exists.pages", found)
+        return found
 
     def _load(self, keys: Sequence[str], host_indices: torch.Tensor) -> int:
         tied = self._tied("get")
@@ -257,8 +264,11 @@ class PenstockStorage(HiCacheStorage):  # type: ignore[misc,unused-ignore]
         _, pool, handle = tied
         if prefix is None:
             self._tell_of_prefix()
-        chain = _chain(handle.space, [*(prefix or ()), *keys])
-        n_before = len(chain) - len(keys)
+        # From the last page of the prefix on: where a block is, those before it are.
+        n_before = 1 if prefix else 0
+        names = [key.encode() for key in [*(prefix or ()), *keys]]
+        start = len(names) - len(keys) - n_before
+        chain = foreign_chain(handle.space, names[start:], before=names[:start])
         n_there = self._there(pool, handle, chain, n_before)
         if n_there < n_before:
             # The pool takes no block whose parent is not there: nobody could find it.

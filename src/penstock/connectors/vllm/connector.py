@@ -17,13 +17,16 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorRole,
     KVConnectorWorkerMetadata,
 )
+from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorPromMetrics, KVConnectorStats
 
 from penstock.connectors.counters import Counters
 from penstock.connectors.vllm.config import read_config
+from penstock.connectors.vllm.events import PoolEvents
 from penstock.connectors.vllm.layout import group_spec
 from penstock.connectors.vllm.messages import Orders, RankHello, Report
 from penstock.connectors.vllm.scheduler import SchedulerHalf
 from penstock.connectors.vllm.spaces import check_engine
+from penstock.connectors.vllm.stats import PenstockPromMetrics, PenstockStats, StatsSource
 from penstock.connectors.vllm.tie import Tie
 from penstock.connectors.vllm.worker import WorkerHalf
 
@@ -43,6 +46,7 @@ class PenstockConnector(KVConnectorBase_V1):
         # "fail", vLLM's default, ends a request whose load failed; the scheduler reads this after its half is made.
         transfer.kv_load_failure_policy = "recompute"
         self._counters = Counters()
+        self._stats = StatsSource(self._counters)
         name = "scheduler" if role is KVConnectorRole.SCHEDULER else "worker"
         tie = Tie(config.pool, f"vllm-{name}-{os.getpid()}", str(vllm_config.model_config.served_model_name or "")[:60])
         self._scheduler: SchedulerHalf | None = None
@@ -56,6 +60,7 @@ class PenstockConnector(KVConnectorBase_V1):
                 block_tokens=int(spec.block_size),
                 counters=self._counters,
                 tie=tie,
+                events=PoolEvents(lambda: tie.pool, int(spec.block_size)) if _publishes(vllm_config) else None,
             )
         else:
             self._worker = WorkerHalf(config, vllm_config, kv_cache_config, self._counters, tie)
@@ -148,12 +153,25 @@ class PenstockConnector(KVConnectorBase_V1):
         return self._as_scheduler().finished(request, block_ids), None
 
     def take_events(self) -> Iterable[Any]:
-        return ()
+        return self._as_scheduler().take_events()
 
     def reset_cache(self) -> bool | None:
         return self._as_scheduler().reset()
 
     # ---- both
+
+    def get_kv_connector_stats(self) -> KVConnectorStats | None:
+        return self._stats.take()
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> KVConnectorStats | None:
+        return PenstockStats(data=data or {})
+
+    @classmethod
+    def build_prom_metrics(
+        cls, vllm_config: Any, metric_types: Any, labelnames: list[str], per_engine_labelvalues: dict[int, list[object]]
+    ) -> KVConnectorPromMetrics | None:
+        return PenstockPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
 
     def shutdown(self) -> None:
         if self._worker is not None:
@@ -168,3 +186,8 @@ class PenstockConnector(KVConnectorBase_V1):
     def _as_scheduler(self) -> SchedulerHalf:
         assert self._scheduler is not None
         return self._scheduler
+
+
+def _publishes(vllm_config: Any) -> bool:
+    config = vllm_config.kv_events_config
+    return config is not None and bool(config.enable_kv_cache_events)

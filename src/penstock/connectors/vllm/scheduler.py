@@ -20,6 +20,7 @@ from typing import Any
 from penstock import Drop, Miss
 from penstock.connectors.counters import Counters
 from penstock.connectors.vllm.config import ConnectorConfig
+from penstock.connectors.vllm.events import PoolEvents
 from penstock.connectors.vllm.intent import read_request
 from penstock.connectors.vllm.messages import LoadOrder, Orders, RankHello, RankId, Report, SaveOrder, Variant
 from penstock.connectors.vllm.ranks import Handles, Ranks
@@ -53,10 +54,12 @@ class SchedulerHalf:
         block_tokens: int,
         counters: Counters,
         tie: Tie,
+        events: PoolEvents | None = None,
         now_s: Callable[[], float] = time.monotonic,
     ) -> None:
         """`overlapping_steps`: the engine schedules a step before it knows the one before (asynchronous scheduling,
-        pipeline parallelism); then nothing is loaded inside a step, because its failure would be known too late."""
+        pipeline parallelism); then nothing is loaded inside a step, because its failure would be known too late.
+        `events` is told of stores where the engine publishes KV events."""
         self._config = config
         self._may_load, self._may_save = may_load, may_save
         self._overlapping = overlapping_steps
@@ -70,13 +73,15 @@ class SchedulerHalf:
         self._tracked: dict[str, Tracked] = {}
         self._numbers = iter(range(1, 1 << 62))
         self._loads: dict[int, tuple[str, Lookup]] = {}
-        self._saves: dict[int, tuple[Tracked, list[bytes]]] = {}
+        self._saves: dict[int, tuple[Tracked, int, list[bytes]]] = {}
+        """By number: whose, the first block, and the keys of the first rank."""
         self._in_flight: set[bytes] = set()
         """Keys, of the first rank, that are being stored."""
         self._waiting: dict[int, int] = {}
         """How many ranks have not answered a load or save yet."""
         self._orders = Orders()
         self._speed = 0.0
+        self._events = events
         self._cache_manager: Any = None
 
     # ---- start
@@ -277,7 +282,7 @@ class SchedulerHalf:
     def _save(self, tracked: Tracked, first: int, keys: list[bytes], pages: list[int]) -> SaveOrder:
         number = next(self._numbers)
         parts = {rank: chain[first : first + len(keys)] for rank, chain in tracked.chains.items()}
-        self._saves[number] = (tracked, keys)
+        self._saves[number] = (tracked, first, keys)
         self._in_flight.update(keys)
         self._waiting[number] = len(self._ranks)
         tracked.saving.add(number)
@@ -333,9 +338,14 @@ class SchedulerHalf:
             _log.debug("request %s: blocks were not stored (%s)", found[0].request.request_id, drop.name.lower())
 
     def _save_ended(self, number: int) -> None:
-        tracked, keys = self._saves.pop(number)
+        tracked, first, keys = self._saves.pop(number)
         self._in_flight.difference_update(keys)
         tracked.saving.discard(number)
+        handles = self._ranks.handles(tracked.variant) if self._events is not None else Miss.NO_KEEPER
+        if self._events is not None and not isinstance(handles, Miss):
+            last = first + len(keys)
+            parts = [(handle, tracked.chains[rank].array[first:last]) for rank, handle in handles[1].items()]
+            self._events.stored(tracked.request, first, len(keys), parts)
 
     def _failed(self, invalid_pages: set[int]) -> None:
         self._counters.add("load.failed_blocks", len(invalid_pages))
@@ -400,8 +410,14 @@ class SchedulerHalf:
             tracked.forget_keys()
             # What it has computed is of before, and what follows builds on it.
             tracked.may_save = tracked.may_save and not tracked.request.num_computed_tokens
+        if self._events is not None:
+            self._events.reset()
         self._counters.add("resets")
         return True
+
+    def take_events(self) -> list[Any]:
+        """The engine's KV events of what it stored and what left, since the last call."""
+        return [] if self._events is None else self._events.take()
 
     def held(self) -> dict[str, int]:
         """What stands now: for tests and for whoever looks for leaks."""
