@@ -1,5 +1,6 @@
 # Everything a newcomer, a developer and CI run. `make` alone lists the targets.
-# Needs Python >= 3.11 and make; everything else is installed into .venv, which `make clean` removes.
+# Needs Python >= 3.11 and make; everything else is installed into .venv, and for the tests on a real engine into
+# .venv-engines, which `make clean` removes.
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,6 +12,14 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --no-input -qq
 CONSTRAINTS ?= scripts/constraints.txt
 INSTALL := $(PIP) install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
+# vLLM pins many versions, so it lives in an environment of its own.
+ENGINES := .venv-engines
+ENGINES_BIN := $(ENGINES)/bin
+ENGINES_STAMPS := $(ENGINES)/.stamps
+ENGINES_CONSTRAINTS := scripts/constraints-engines.txt
+ENGINES_INSTALL := $(ENGINES_BIN)/python -m pip --disable-pip-version-check --no-input -qq \
+	install -c $(ENGINES_CONSTRAINTS)
+
 # The first interpreter on PATH that every dependency has wheels for. `make PYTHON=... test` overrides it.
 PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null \
@@ -18,7 +27,7 @@ PYTHON ?= $(shell for p in python3 python3.11 python3.12 python3.13 python3.14; 
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-faults lint types layers bench clean
+.PHONY: help demo test test-faults test-engines lint types layers bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "%-12s %s\n", $$1, $$2}' $(firstword $(MAKEFILE_LIST))
@@ -32,6 +41,10 @@ test: $(STAMPS)/dev ## the tests (TEST_ARGS=...)
 test-faults: $(STAMPS)/dev ## the fault tests with their full counts
 	PENSTOCK_TEST_SCALE=full $(BIN)/python -m pytest -q -m faults \
 		-o timeout=1500 -o faulthandler_timeout=1620 $(TEST_ARGS)
+
+test-engines: $(ENGINES_STAMPS)/tests ## the tests on the real vLLM, in .venv-engines (TEST_ARGS=...)
+	PENSTOCK_TEST_ENGINES=1 $(ENGINES_BIN)/python -m pytest -q \
+		-o timeout=600 -o faulthandler_timeout=720 tests/engines $(TEST_ARGS)
 
 lint: $(STAMPS)/dev ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -47,18 +60,18 @@ bench: $(STAMPS)/demo ## measure the pool on this machine (BENCH_ARGS=--json)
 	$(BIN)/penstock bench pool $(BENCH_ARGS)
 
 clean: ## remove .venv, builds and caches
-	rm -rf $(VENV) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(ENGINES) build dist .hypothesis .import_linter_cache .mypy_cache .pytest_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
-# One chain of stamps: pip never runs twice at once in one environment, whatever -j says.
-$(STAMPS)/venv:
+# One chain of stamps an environment: pip never runs twice at once in one, whatever -j says.
+$(STAMPS)/venv $(ENGINES_STAMPS)/venv: %/.stamps/venv:
 	@test -n "$(PYTHON)" || { echo "penstock needs Python 3.11 to 3.14 and found none on PATH." \
 		"Install one, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
 		echo "penstock needs Python >= 3.11; $(PYTHON) is not. Name another:" \
 		"make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	@"$(PYTHON)" scripts/install.py venv $(VENV)
-	@mkdir -p $(STAMPS) && touch $@
+	@"$(PYTHON)" scripts/install.py venv $*
+	@mkdir -p $(@D) && touch $@
 
 $(STAMPS)/torch: $(STAMPS)/venv scripts/install.py
 	@$(BIN)/python scripts/install.py torch
@@ -72,4 +85,13 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml $(CONSTRAINTS)
 $(STAMPS)/dev: $(STAMPS)/demo
 	@echo "installing what the tests and checks need"
 	@$(INSTALL) -e '.[demo,dev]'
+	@touch $@
+
+$(ENGINES_STAMPS)/vllm: $(ENGINES_STAMPS)/venv scripts/install.py $(ENGINES_CONSTRAINTS)
+	@$(ENGINES_BIN)/python scripts/install.py vllm -c $(ENGINES_CONSTRAINTS)
+	@touch $@
+
+$(ENGINES_STAMPS)/tests: $(ENGINES_STAMPS)/vllm pyproject.toml
+	@echo "installing penstock and what its tests on engines need"
+	@$(ENGINES_INSTALL) -e . pytest pytest-timeout
 	@touch $@

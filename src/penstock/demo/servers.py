@@ -67,6 +67,8 @@ class ServerEngine:
         self._model_id, self._pool_name, self._log, self._stored = model_id, pool_name, log, stored
         self._port = _free_port()
         self.facts: dict[str, Any] = {"dtype": "float32", "block_tokens": _BLOCK_TOKENS} | _facts(model_id)
+        # A server saves in batches, of which the slots at hand when the keeper dies take only a part.
+        self.facts["drops_without_keeper"] = True
         arguments = [
             "--dtype",
             "float32",

@@ -190,6 +190,13 @@ class Authority:
     def save_stamp(self) -> None:
         poke(self.header(layout.H_STAMP), self.stamp)
 
+    def tell_removals(self) -> None:
+        """Say that recovery is over: what a keeper that died had removed without telling is gone by now.
+
+        Whoever follows the removals takes it as a gap.
+        """
+        poke(self.header(layout.H_REMOVALS_SINCE), peek(self.header(layout.H_KEEPER_EPOCH)))
+
     # ---- slabs
 
     def slab_classes(self) -> npt.NDArray[np.int64]:

@@ -28,6 +28,7 @@ from penstock.pool.layout import COMMIT_BYTES, KIND_ABORT, KIND_COMMIT, KIND_SUS
 from penstock.pool.lease import Handover, Lease
 from penstock.pool.link import Link
 from penstock.pool.reader import COUNT_BITS, COUNT_MASK, HEAD_BITS, HEAD_MASK, adopt, match
+from penstock.pool.removals import Removals, is_resident
 from penstock.pool.reservation import Reservation
 from penstock.pool.tensors import TensorMap
 from penstock.pool.wire import Names, SpaceIs, SpaceOf
@@ -206,6 +207,22 @@ class Pool:
         rows = np.zeros((1, COMMIT_BYTES // 8), np.int64)
         rows[0, :3] = KIND_SUSPECT, unit, generation
         self._put(at, rows)
+
+    def resident(self, handle: SpaceHandle, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """[n]: which of these keys, (n, 2) words in any order, are in the pool at this moment.
+
+        Leases nothing, counts nothing. Raises PoolClosed.
+        """
+        self._require_open()
+        return is_resident(self._at, handle.shape, keys)
+
+    def watch_removals(self, *handles: SpaceHandle) -> Removals:
+        """Follow which keys of these spaces leave the pool from now on. Costs the keeper nothing, and never waits.
+
+        For one thread at a time. Raises PoolClosed.
+        """
+        self._require_open()
+        return Removals(self, handles)
 
     # ---- writing
 
@@ -422,6 +439,11 @@ class Pool:
             finalizer()
         self._at.end()
         self._link.close()
+
+    @property
+    def uuid(self) -> bytes:
+        """Identity of the pool's present segment, 16 bytes: clients with the same one see the same blocks."""
+        return self._at.uuid
 
     @property
     def keeper_alive(self) -> bool:

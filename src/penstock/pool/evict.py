@@ -17,6 +17,7 @@ from penstock.pool.keeper_context import (
     Y_DIRECTORY,
     Y_FREE_HEAD,
     Y_GRANTS_AT,
+    Y_HEADER,
     Y_HOLDER,
     Y_LANE_BYTES,
     Y_LANES,
@@ -32,12 +33,16 @@ from penstock.pool.keeper_context import (
     Y_OUTSTANDING,
     Y_PARENT,
     Y_RECORDS,
+    Y_REMOVALS,
+    Y_REMOVALS_MASK,
     Y_RING_MASK,
     Y_SLAB_USED,
     Y_UNITS_PER_SLAB,
 )
 from penstock.pool.layout import (
     GRANT_BYTES,
+    H_REMOVED,
+    H_REMOVING,
     L_EPOCH,
     L_GRANT_HEAD,
     L_GRANT_TAIL,
@@ -50,15 +55,18 @@ from penstock.pool.layout import (
     R_STAMP,
     R_STATE,
     RECORD_BYTES,
+    REMOVAL_BYTES,
     LaneState,
     SlotState,
 )
-from penstock.types import EventKind
+from penstock.pool.lookup import LOW32
+from penstock.types import EventKind, Eviction
 
 GRANTED, LEAVING = int(SlotState.GRANTED), int(SlotState.LEAVING)
 READY = int(SlotState.READY)
 _LANE_USED = int(LaneState.USED)
 _EVICTED, _KEPT = int(EventKind.EVICTED), int(EventKind.KEPT)
+_DUPLICATE = int(Eviction.DUPLICATE)
 
 VICTIM, HELD = 1, 2
 
@@ -119,6 +127,15 @@ def _scan_lanes(ctx: int, marks: npt.NDArray[np.uint8]) -> None:
                 marks[unit] = HELD
 
 
+@inline_kernel
+def _write_removal(ctx: int, number: int, record: int, why: int) -> None:
+    """Entry `number` of the ring of removals, from a record that still says what it held."""
+    at = load(ctx + Y_REMOVALS) + (number & load(ctx + Y_REMOVALS_MASK)) * REMOVAL_BYTES
+    store(at, load(record + R_KEY))
+    store(at + 8, load(record + R_KEY + 8))
+    store(at + 16, (load(record + R_STATE) >> 32) & LOW32 | why << 32)
+
+
 @kernel("int64(int64, uint32[::1], int64, uint8[::1], int64, int64, int64)")
 def evict(
     ctx: int, victims: npt.NDArray[np.uint32], n: int, marks: npt.NDArray[np.uint8], events: int, why: int, newest: int
@@ -127,10 +144,14 @@ def evict(
 
     The others stay READY.
     `marks` has one zero byte per unit and is zero again afterwards. Writes n EVICTED or KEPT events at `events`, in the
-    victims' order. Returns how many were evicted. `why` is an Eviction.
+    victims' order. Returns how many were evicted. `why` is an Eviction. The ring of removals tells what was evicted,
+    once no lookup finds it; not so a duplicate, whose key stays.
     """
     records, directory, mask = load(ctx + Y_RECORDS), load(ctx + Y_DIRECTORY), load(ctx + Y_MASK)
-    parents, counters = load(ctx + Y_PARENT), load(ctx + Y_COUNTERS)
+    parents, counters, header = load(ctx + Y_PARENT), load(ctx + Y_COUNTERS), load(ctx + Y_HEADER)
+    removed = load(header + H_REMOVED)
+    # Ahead of the fence: whoever reads an entry that is being overwritten sees that it was about to be.
+    store(header + H_REMOVING, removed + n)
     for i in range(n):
         cell = records + victims[i] * RECORD_BYTES + R_STATE
         store(cell, (load(cell) & ~0xFF) | LEAVING)
@@ -150,6 +171,9 @@ def evict(
             cell = record + R_STATE
             store_release(cell, (load(cell) & ~0xFF) | READY)
         else:
+            if why != _DUPLICATE:
+                _write_removal(ctx, removed, record, why)
+                removed += 1
             remove(directory, mask, load(record + R_KEY), load(record + R_KEY + 8), unit)
             free_slot(ctx, unit)
             evicted += 1
@@ -157,6 +181,7 @@ def evict(
         store32(at, _KEPT if held else _EVICTED)
         store32(at + 4, unit)
         store32(at + 12, class_of_unit(ctx, unit))
+    store_release(header + H_REMOVED, removed)
     add(ctx + Y_N_READY, -evicted)
     add(counters + 8 * G_EVICTED, evicted)
     add(counters + 8 * (G_EVICTION + why), evicted)

@@ -30,6 +30,8 @@ from penstock.pool.keeper_context import (
     Y_OUTSTANDING,
     Y_PARENT,
     Y_RECORDS,
+    Y_REMOVALS,
+    Y_REMOVALS_MASK,
     Y_RING_MASK,
     Y_SLAB_USED,
     Y_SLABS,
@@ -95,6 +97,8 @@ def keeper_context(base: int, geometry: Geometry, private: Columns) -> npt.NDArr
         Y_SLAB_USED: private["slab_used"].ctypes.data,
         Y_SUSPECTS: private["suspects"].ctypes.data,
         Y_MAX_SUSPECTS: _MAX_SUSPECTS,
+        Y_REMOVALS: base + geometry.removals_offset,
+        Y_REMOVALS_MASK: geometry.n_removals - 1,
     }
     for offset, value in values.items():
         cells[offset // 8] = value

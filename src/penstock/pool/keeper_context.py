@@ -39,6 +39,8 @@ Y_N_GRANTED = 232
 Y_SUSPECTS = 240  # units that readers found damaged
 Y_N_SUSPECTS = 248
 Y_MAX_SUSPECTS = 256
+Y_REMOVALS = 264  # the ring of removals
+Y_REMOVALS_MASK = 272
 KEEPER_CELLS = 40
 
 # Counters page, u64 cells: the keeper's own, then what dead or departed clients had counted in their lanes.

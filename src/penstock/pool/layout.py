@@ -11,7 +11,7 @@ from enum import IntEnum
 from penstock.errors import ConfigError
 
 MAGIC = 0x4B434F54534E4550  # "PENSTOCK", little-endian
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 PAGE = 4096
 LINE = 64
@@ -37,6 +37,9 @@ H_KEEPER_PID = 520
 H_CLEAN = 528  # 1 after an orderly stop
 H_STAMP = 536  # keeper's use counter, saved with every batch
 H_SLEEPING = 1024  # keeper: number of the sleep it is in, 0 awake; a line of its own
+H_REMOVED = 1536  # keeper: removals published; a line of its own, for readers look at it often
+H_REMOVING = 1544  # keeper: removals whose entries it may be writing
+H_REMOVALS_SINCE = 1552  # keeper: epoch of the keeper that publishes removals, from the end of its recovery on
 H_TOUCHED = 2048  # bytes of data that are allocated and touched; written by the pre-toucher only
 
 # ---- counters page: u64 cells, written by the keeper.
@@ -82,6 +85,10 @@ R_STAMP = 120  # granted: sequence in the grant ring; ready: the keeper's use co
 # ---- directory
 BUCKET_BYTES = 64
 BUCKET_ENTRIES = 8
+
+# ---- removals: one ring, written by the keeper, read by whoever wants to know
+REMOVAL_BYTES = 24  # 2 x u64 key, u64 space | eviction << 32
+_MAX_REMOVALS = 1 << 16
 
 # ---- lane: control lines, then tables
 LANE_CONTROL_BYTES = PAGE
@@ -180,8 +187,17 @@ class Geometry:
         return _round_up(self.records_offset + self.n_units * RECORD_BYTES, PAGE)
 
     @property
-    def lanes_offset(self) -> int:
+    def n_removals(self) -> int:
+        """Entries in the ring of removals. Twice what one batch of evictions can take, so that a reader may lag."""
+        return min(_power_of_two_at_least(2 * self.n_units), _MAX_REMOVALS)
+
+    @property
+    def removals_offset(self) -> int:
         return _round_up(self.directory_offset + self.n_buckets * BUCKET_BYTES, PAGE)
+
+    @property
+    def lanes_offset(self) -> int:
+        return _round_up(self.removals_offset + self.n_removals * REMOVAL_BYTES, PAGE)
 
     @property
     def lease_table_offset(self) -> int:

@@ -92,6 +92,7 @@ class Keeper:
                 self._drain(lane)
         dead = self.reclaim_dead()
         unpublished = authority.free_unpublished_grants()
+        authority.tell_removals()
         log.info(
             "recovered %d blocks in %.0f ms (%d dead clients, %d unpublished grants)",
             authority.n_ready,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -58,6 +59,7 @@ GOOD: dict[str, Any] = {
     "skip_save": True,
     "skip_load": True,
     "min_hit_tokens": 64,
+    "wait_s": 1.5,
 }
 GOOD_INTENT = Intent("chat-17", "blue", -5, NOW + 30, 600.0)
 
@@ -73,7 +75,7 @@ def test_nothing_asked() -> None:
 
 def test_every_field() -> None:
     assert set(GOOD) == set(FIELDS)
-    expected = Asked(GOOD_INTENT, skip_save=True, skip_load=True, min_hit_tokens=64)
+    expected = Asked(GOOD_INTENT, skip_save=True, skip_load=True, min_hit_tokens=64, wait_s=1.5)
     assert read_request(request(kv_transfer_params=params(**GOOD))) == expected
     assert read_request(request(kv_hints=hints(GOOD))) == expected
     assert read_request(request(kv_hints=msgspec.convert(hints(GOOD), Envelope))) == expected
@@ -136,6 +138,9 @@ def test_vllms_default_priority_says_nothing() -> None:
         ("min_hit_tokens", 2**31),
         ("min_hit_tokens", 16.0),
         ("min_hit_tokens", False),
+        ("wait_s", 61),
+        ("wait_s", math.nan),
+        ("wait_s", "1"),
     ],
 )
 def test_one_malformed_field_costs_the_others_nothing(field: str, value: Any) -> None:
@@ -143,7 +148,7 @@ def test_one_malformed_field_costs_the_others_nothing(field: str, value: Any) ->
     clean = read_request(request(kv_transfer_params=params(**good)))
     dirty = read_request(request(kv_transfer_params=params(**good, **{field: value})))
     assert dirty.malformed == (f"kv_transfer_params.{field}",)
-    assert dirty == Asked(clean.intent, clean.skip_save, clean.skip_load, clean.min_hit_tokens, dirty.malformed)
+    assert dirty == replace(clean, malformed=dirty.malformed)
 
 
 def test_what_is_malformed_is_named_once_and_never_quoted() -> None:
@@ -187,6 +192,7 @@ def test_garbage_never_raises_and_what_is_used_is_in_bounds(session: Any, priori
     assert set(asked.malformed) <= PLACES
     assert isinstance(asked.skip_save, bool) and isinstance(asked.skip_load, bool)
     assert type(asked.min_hit_tokens) is int and 0 <= asked.min_hit_tokens < 2**31
+    assert type(asked.wait_s) is float and 0 <= asked.wait_s <= 60
     if (intent := asked.intent) is not None:
         for name in (intent.session, intent.tenant):
             assert isinstance(name, str) and len(name) <= MAX_NAME_CHARS and name.encode() is not None

@@ -10,6 +10,7 @@ import msgspec
 from penstock.connectors.vllm.config import ConnectorConfig
 from penstock.connectors.vllm.intent import ACTION_TYPE, ACTION_VERSION, FIELDS, MAX_NAME_CHARS
 from penstock.connectors.vllm.middleware import HEADERS, MAX_BODY_BYTES, PATHS
+from penstock.connectors.vllm.tallies import METRICS, TIMES
 from penstock.connectors.vllm.versions import SUPPORTED, TESTED
 from tests.support import ROOT
 
@@ -40,6 +41,11 @@ def test_headers() -> None:
     written = {row[0].strip("`").lower(): re.findall("`(.+?)`", row[1])[0] for row in rows("Headers")}
     assert written == {header: field for header, (field, _) in HEADERS.items()}
     assert f"over\n{MAX_BODY_BYTES >> 20} MiB" in PAGE
+
+
+def test_metrics() -> None:
+    written = {tuple(re.findall("`(.+?)`", row[0])): row[1] for row in rows("What one sees")}
+    assert written == {(m.name, m.label)[: 2 if m.label else 1]: m.text for m in (*METRICS, *TIMES.values())}
 
 
 def test_versions() -> None:

@@ -126,6 +126,7 @@ HEADERS: dict[str, tuple[str, Callable[[str], object]]] = {
     "x-penstock-skip-save": ("skip_save", _flag),
     "x-penstock-skip-load": ("skip_load", _flag),
     "x-penstock-min-hit-tokens": ("min_hit_tokens", _whole),
+    "x-penstock-wait-s": ("wait_s", _number),
 }
 """Header, in lower case -> the field of `kv_transfer_params["penstock"]`, and how its text is read."""
 
