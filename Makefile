@@ -42,9 +42,9 @@ test-faults: $(STAMPS)/dev ## the fault tests with their full counts
 	PENSTOCK_TEST_SCALE=full $(BIN)/python -m pytest -q -m faults \
 		-o timeout=1500 -o faulthandler_timeout=1620 $(TEST_ARGS)
 
-test-engines: $(ENGINES_STAMPS)/tests ## the tests on the real vLLM, in .venv-engines (TEST_ARGS=...)
+test-engines: $(ENGINES_STAMPS)/tests ## the tests on the real vLLM and SGLang's classes, in .venv-engines (TEST_ARGS=...)
 	PENSTOCK_TEST_ENGINES=1 $(ENGINES_BIN)/python -m pytest -q \
-		-o timeout=600 -o faulthandler_timeout=720 tests/engines $(TEST_ARGS)
+		-o timeout=600 -o faulthandler_timeout=720 $(if $(TEST_ARGS),$(TEST_ARGS),tests/engines tests/connectors/sglang)
 
 lint: $(STAMPS)/dev ## ruff: rules and format
 	$(BIN)/ruff check .
@@ -91,7 +91,8 @@ $(ENGINES_STAMPS)/vllm: $(ENGINES_STAMPS)/venv scripts/install.py $(ENGINES_CONS
 	@$(ENGINES_BIN)/python scripts/install.py vllm -c $(ENGINES_CONSTRAINTS)
 	@touch $@
 
-$(ENGINES_STAMPS)/tests: $(ENGINES_STAMPS)/vllm pyproject.toml
+$(ENGINES_STAMPS)/tests: $(ENGINES_STAMPS)/vllm pyproject.toml scripts/sglang.txt
 	@echo "installing penstock and what its tests on engines need"
 	@$(ENGINES_INSTALL) -e . pytest pytest-timeout
+	@$(ENGINES_INSTALL) --no-deps -r scripts/sglang.txt
 	@touch $@
