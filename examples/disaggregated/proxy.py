@@ -97,7 +97,7 @@ class Proxy:
         return True
 
     async def _decode(self, request: Request, raw: bytes) -> Response:
-        """The decode server's answer, passed through as it comes. A client that leaves ends the request there too."""
+        """The decode server's answer, passed through as it comes. A client that leaves a stream ends it there too."""
         onward = self.decode.build_request(
             request.method, request.url.path, params=request.url.query.encode(), content=raw,
             headers=forwarded(request.headers),

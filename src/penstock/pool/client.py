@@ -214,7 +214,9 @@ class Pool:
         Leases nothing, counts nothing. Raises PoolClosed.
         """
         self._require_open()
-        return is_resident(self._at, handle.shape, keys)
+        with self._changing:  # a segment and the numbers that spaces have in it belong together
+            at, shape = self._at, handle.shape
+        return is_resident(at, shape, keys)
 
     def watch_removals(self, *handles: SpaceHandle) -> Removals:
         """Follow which keys of these spaces leave the pool from now on. Costs the keeper nothing, and never waits.

@@ -22,6 +22,8 @@ from penstock.pool.tensors import TensorMap
 __all__ = ["PagedCaches", "group_spec", "inspect_caches"]
 
 _BACKENDS = frozenset({"CPU_ATTN"})
+# Kinds of quantisation whose bytes are the values, and nothing else.
+_QUANT_MODES = frozenset({"NONE", "FP8_PER_TENSOR"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +81,8 @@ def _check_spec(spec: Any) -> None:
     mode = getattr(spec.kv_quant_mode, "name", str(spec.kv_quant_mode))
     if "PER_TOKEN" in mode or "PER_HEAD" in mode:
         raise Refused(f"KV quantisation {mode}: scales that are calculated at run time differ between processes")
+    if mode not in _QUANT_MODES:
+        raise Refused(f"KV quantisation {mode}: its layout is not known here")
 
 
 def inspect_caches(kv_caches: Mapping[str, torch.Tensor], spec: Any, forward_context: Mapping[str, Any]) -> PagedCaches:

@@ -80,6 +80,10 @@ class Orders(KVConnectorMetadata):
     """Requests whose pages are no longer theirs: saves from them must end before this step runs."""
     delayed: list[str] = field(default_factory=list)
     """Requests that ended; their pages stay until their saves have, which is told as `finished_sending`."""
+    variants: list[Variant] = field(default_factory=list)
+    """Seen for the first time: have the keeper number their spaces, before there is something to store."""
+    waiting: bool = False
+    """A request waits for blocks that another engine is storing."""
 
 
 @dataclass(slots=True)

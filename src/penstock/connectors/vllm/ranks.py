@@ -43,6 +43,10 @@ class Ranks:
         """Bytes of a block of the rank that holds most of it."""
         return max((space.block_bytes for space in self._base.values()), default=0)
 
+    def is_new(self, variant: Variant) -> bool:
+        """Whether nobody has asked for this variant's spaces yet."""
+        return variant not in self._variants
+
     def spaces(self, variant: Variant) -> dict[RankId, Space]:
         """Every rank's space for requests of this variant."""
         spaces = self._variants.get(variant)

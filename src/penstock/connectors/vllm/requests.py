@@ -60,6 +60,8 @@ class Tracked:
     """Number of the load in flight, 0 for none."""
     beside: bool = False
     """Whether that load runs beside the steps."""
+    admitted: int = -1
+    """The step in which it last got its pages."""
     n_failed_loads: int = 0
     n_saved: int | None = None
     """Leading blocks that need no storing; None: not known, look in the pool."""

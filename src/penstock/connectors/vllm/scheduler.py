@@ -15,7 +15,11 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from typing import Any
+
+import numpy as np
+import numpy.typing as npt
 
 from penstock import Drop, Miss
 from penstock.connectors.counters import Counters
@@ -28,7 +32,7 @@ from penstock.connectors.vllm.recovery import roll_back
 from penstock.connectors.vllm.requests import Lookup, Tracked, chain_extras, left_alone
 from penstock.connectors.vllm.spaces import Adapters
 from penstock.connectors.vllm.tie import Tie
-from penstock.errors import PenstockError
+from penstock.errors import PenstockError, PoolClosed
 from penstock.identity import unpack_keys
 
 __all__ = ["SchedulerHalf"]
@@ -39,6 +43,18 @@ _log = logging.getLogger("vllm.penstock")
 _ASSUMED_BYTES_PER_S = 2e9
 # A load that failed may be tried again once the keeper had time to drop the damaged block; more often is in vain.
 _MAX_FAILED_LOADS = 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Saving:
+    """A save in flight."""
+
+    tracked: Tracked
+    variant: Variant
+    first_block: int
+    keys: list[bytes]
+    """Of the first rank."""
+    of_rank: dict[RankId, npt.NDArray[np.uint64]]
 
 
 class SchedulerHalf:
@@ -73,13 +89,16 @@ class SchedulerHalf:
         self._tracked: dict[str, Tracked] = {}
         self._numbers = iter(range(1, 1 << 62))
         self._loads: dict[int, tuple[str, Lookup]] = {}
-        self._saves: dict[int, tuple[Tracked, int, list[bytes]]] = {}
-        """By number: whose, the first block, and the keys of the first rank."""
+        self._saves: dict[int, _Saving] = {}
         self._in_flight: set[bytes] = set()
         """Keys, of the first rank, that are being stored."""
         self._waiting: dict[int, int] = {}
         """How many ranks have not answered a load or save yet."""
         self._orders = Orders()
+        self._step = 0
+        """The step that is being put together."""
+        self._left: list[list[int]] = []
+        """Pages of requests that ended while their last step ran: what it computed is in the prefix cache."""
         self._speed = 0.0
         self._events = events
         self._cache_manager: Any = None
@@ -112,6 +131,10 @@ class SchedulerHalf:
                 _log.warning("request %s is computed without the pool: %s", request.request_id, error)
         if alone:
             self._counters.add(f"left_alone.{alone}")
+        elif self._ranks.is_new(variant):
+            self._ranks.spaces(variant)
+            self._ranks.handles(variant)
+            self._orders.variants.append(variant)
         tracked = Tracked(
             request=request,
             variant=variant,
@@ -144,6 +167,7 @@ class SchedulerHalf:
             return 0, False
         if lookup.miss is Miss.ABSENT and self._may_wait(tracked):
             self._drop_lookup(tracked)
+            self._orders.waiting = True
             return None, False
         # The last token is always computed: the next one is drawn from its logits.
         end = min((lookup.first_block + lookup.n_blocks) * self._block, request.num_tokens - 1)
@@ -207,6 +231,7 @@ class SchedulerHalf:
         tracked = self._tracked.get(request.request_id)
         if tracked is None:
             return
+        tracked.admitted = self._step
         if n_external <= 0:
             self._drop_lookup(tracked)
             return
@@ -227,7 +252,7 @@ class SchedulerHalf:
                 number=number,
                 request=request.request_id,
                 variant=tracked.variant,
-                leases={rank: lease.handover() for rank, lease in lookup.leases.items()},
+                leases=_handovers(lookup),
                 pages=pages[lookup.first_block : end],
                 beside=tracked.beside,
                 deadline_s=self._now_s() + self._config.load_deadline_s,
@@ -254,8 +279,13 @@ class SchedulerHalf:
         if self._may_save:
             for name in scheduled:
                 tracked = self._tracked.get(name)
-                if tracked is not None and tracked.n_settled // self._block > tracked.n_planned:
+                # What a request shares with another may still be loaded, and computed on top of that, in this step.
+                if tracked is None or tracked.admitted == self._step:
+                    continue
+                if tracked.n_settled // self._block > tracked.n_planned:
                     self._plan_saves(tracked, pages_of, orders)
+        self._step += 1
+        self._left.clear()
         self._release_old()
         return orders
 
@@ -282,7 +312,7 @@ class SchedulerHalf:
     def _save(self, tracked: Tracked, first: int, keys: list[bytes], pages: list[int]) -> SaveOrder:
         number = next(self._numbers)
         parts = {rank: chain[first : first + len(keys)] for rank, chain in tracked.chains.items()}
-        self._saves[number] = (tracked, first, keys)
+        self._saves[number] = _Saving(tracked, tracked.variant, first, keys, {r: p.array for r, p in parts.items()})
         self._in_flight.update(keys)
         self._waiting[number] = len(self._ranks)
         tracked.saving.add(number)
@@ -334,24 +364,26 @@ class SchedulerHalf:
         found = self._saves.get(number)
         if found is not None:
             # The next block that fills looks at what the pool has and tries again from there.
-            found[0].n_saved = None
-            _log.debug("request %s: blocks were not stored (%s)", found[0].request.request_id, drop.name.lower())
+            found.tracked.n_saved = None
+            _log.debug("request %s: blocks were not stored (%s)", found.tracked.request.request_id, drop.name.lower())
 
     def _save_ended(self, number: int) -> None:
-        tracked, first, keys = self._saves.pop(number)
-        self._in_flight.difference_update(keys)
-        tracked.saving.discard(number)
-        handles = self._ranks.handles(tracked.variant) if self._events is not None else Miss.NO_KEEPER
-        if self._events is not None and not isinstance(handles, Miss):
-            last = first + len(keys)
-            parts = [(handle, tracked.chains[rank].array[first:last]) for rank, handle in handles[1].items()]
-            self._events.stored(tracked.request, first, len(keys), parts)
+        saving = self._saves.pop(number)
+        self._in_flight.difference_update(saving.keys)
+        saving.tracked.saving.discard(number)
+        if self._events is None:
+            return
+        handles = self._ranks.handles(saving.variant)
+        if not isinstance(handles, Miss):
+            parts = [(handle, saving.of_rank[rank]) for rank, handle in handles[1].items()]
+            self._events.stored(saving.tracked.request, saving.first_block, len(saving.keys), parts)
 
     def _failed(self, invalid_pages: set[int]) -> None:
         self._counters.add("load.failed_blocks", len(invalid_pages))
         if self._cache_manager is None:
             return
-        for name in roll_back(self._cache_manager, self._tracked.values(), invalid_pages, self._block):
+        tracked_now = self._tracked.values()
+        for name in roll_back(self._cache_manager, tracked_now, self._left, invalid_pages, self._block):
             tracked = self._tracked[name]
             tracked.miss = Miss.CHECKSUM
             tracked.save_anew()
@@ -367,7 +399,10 @@ class SchedulerHalf:
         if tracked is None:
             return False
         self._drop_lookup(tracked)
-        self._plan_saves(tracked, lambda _: pages, self._orders)
+        if request.num_in_flight_tokens:
+            self._left.append(pages)
+        if tracked.admitted < self._step - 1 or not request.num_in_flight_tokens:
+            self._plan_saves(tracked, lambda _: pages, self._orders)
         del self._tracked[request.request_id]
         self._tell(tracked)
         if not tracked.saving or (tracked.loading and tracked.beside):
@@ -435,6 +470,15 @@ class SchedulerHalf:
         for _, lookup in self._loads.values():
             lookup.release()
         self._tie.close()
+
+
+def _handovers(lookup: Lookup) -> dict[RankId, bytes]:
+    """For each rank its lease as bytes; nothing if the pool was closed meanwhile, so that the workers report the load
+    as failed."""
+    try:
+        return {rank: lease.handover() for rank, lease in lookup.leases.items()}
+    except PoolClosed:
+        return {}
 
 
 def _present(tracked: Tracked, handles: Handles, n_full: int) -> int:

@@ -84,6 +84,8 @@ class WorkerHalf:
     def begin(self, orders: Orders) -> None:
         """The step's orders are there."""
         self._orders = orders
+        for variant in orders.variants:
+            self._tie.handle(self._base(variant))
 
     def start_loads(self) -> None:
         """Copy what this step needs; hand the rest to the thread."""
@@ -125,6 +127,8 @@ class WorkerHalf:
             self._loader.wait_some(_IDLE_WAIT_S)
         elif self._delayed:
             self._saver.wait_some(_IDLE_WAIT_S)
+        elif self._orders.waiting:
+            time.sleep(_IDLE_WAIT_S)
 
     def take_invalid(self) -> set[int]:
         """Pages that a load left without their content, since the last call."""
