@@ -90,6 +90,8 @@ class SchedulerHalf:
         self._numbers = iter(range(1, 1 << 62))
         self._loads: dict[int, tuple[str, Lookup]] = {}
         self._saves: dict[int, _Saving] = {}
+        self._opened = {Variant()}
+        """Variants whose spaces every worker has registered, so that no step waits for the keeper."""
         self._in_flight: set[bytes] = set()
         """Keys, of the first rank, that are being stored."""
         self._waiting: dict[int, int] = {}
@@ -177,7 +179,7 @@ class SchedulerHalf:
                 tracked.miss = Miss.SKIPPED
             self._drop_lookup(tracked)
             return 0, False
-        return n_tokens, self._beside(lookup)
+        return n_tokens, self._beside(tracked.variant, lookup)
 
     def _may_wait(self, tracked: Tracked) -> bool:
         if tracked.wait_until_s is None:
@@ -208,13 +210,14 @@ class SchedulerHalf:
                 n_blocks, miss = len(lease), Miss(lease.miss)
         for lease in leases.values():
             lease.truncate(n_blocks)
-        tracked.miss = miss
+        # Damage that was found is why the rest is absent now.
+        tracked.miss = Miss.CHECKSUM if miss is Miss.ABSENT and tracked.n_failed_loads else miss
         tracked.lookup = Lookup(first, n_blocks, leases, self._now_s(), miss)
         return tracked.lookup
 
-    def _beside(self, lookup: Lookup) -> bool:
+    def _beside(self, variant: Variant, lookup: Lookup) -> bool:
         """Whether the load runs beside the steps instead of before the next one."""
-        if self._overlapping or self._config.sync_load_ms <= 0:
+        if self._overlapping or self._config.sync_load_ms <= 0 or variant not in self._opened:
             return True
         estimate_s = lookup.n_blocks * self._ranks.largest_block / (self._speed or _ASSUMED_BYTES_PER_S)
         return estimate_s * 1000 > self._config.sync_load_ms
@@ -243,7 +246,7 @@ class SchedulerHalf:
         number = next(self._numbers)
         self._loads[number] = (request.request_id, lookup)
         self._waiting[number] = len(self._ranks)
-        tracked.loading, tracked.beside = number, self._beside(lookup)
+        tracked.loading, tracked.beside = number, self._beside(tracked.variant, lookup)
         tracked.hit_tokens = n_external
         tracked.save_anew()
         self._counters.add("hit_tokens", n_external)
@@ -359,6 +362,7 @@ class SchedulerHalf:
         tracked = self._tracked.get(name)
         if tracked is not None and tracked.loading == number:
             tracked.loading = 0
+            self._opened.add(tracked.variant)
 
     def _save_dropped(self, number: int, drop: Drop) -> None:
         found = self._saves.get(number)
@@ -369,6 +373,7 @@ class SchedulerHalf:
 
     def _save_ended(self, number: int) -> None:
         saving = self._saves.pop(number)
+        self._opened.add(saving.variant)
         self._in_flight.difference_update(saving.keys)
         saving.tracked.saving.discard(number)
         if self._events is None:
@@ -386,6 +391,8 @@ class SchedulerHalf:
         for name in roll_back(self._cache_manager, tracked_now, self._left, invalid_pages, self._block):
             tracked = self._tracked[name]
             tracked.miss = Miss.CHECKSUM
+            kept = max(0, tracked.request.num_computed_tokens - tracked.local_tokens)
+            tracked.hit_tokens = min(tracked.hit_tokens, kept)
             tracked.save_anew()
             tracked.n_failed_loads += 1
             if tracked.n_failed_loads > _MAX_FAILED_LOADS:

@@ -29,6 +29,10 @@ _log = logging.getLogger("vllm.penstock")
 # How long a step without tokens waits for transfers: else the engine would spin until they end.
 _IDLE_WAIT_S = 0.002
 _CLOSE_S = 5.0
+# How long a load waits for its space to be registered: on its thread, and, which only a keeper that hangs at the wrong
+# moment brings about, inside a step.
+_BESIDE_WAIT_S = 5.0
+_INSIDE_WAIT_S = 0.25
 
 
 class WorkerHalf:
@@ -162,7 +166,8 @@ class WorkerHalf:
 
     def _ready(self, order: LoadOrder) -> Pool | None:
         remaining = max(0.0, order.deadline_s - time.monotonic())
-        handle = self._tie.wait_handle(self._base(order.variant), min(remaining, _CLOSE_S))
+        patience = _BESIDE_WAIT_S if order.beside else _INSIDE_WAIT_S
+        handle = self._tie.wait_handle(self._base(order.variant), min(remaining, patience))
         return self._tie.pool if handle is not None else None
 
     def _load_ended(self, order: LoadOrder, good: int) -> None:
