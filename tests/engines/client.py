@@ -138,7 +138,7 @@ class Metrics:
 
     samples: dict[tuple[str, Labels], float]
 
-    def total(self, name: str, **labels: str) -> float:
+    def total(self, name: str, /, **labels: str) -> float:
         """The sum over all samples of this name that carry these labels; 0 where there is none."""
         wanted = set(labels.items())
         return sum(value for (found, have), value in self.samples.items() if found == name and wanted <= set(have))

@@ -49,8 +49,8 @@ class ServerConfig:
     """One server. Equal configurations may be served by one process; `replica` tells apart servers that must not."""
 
     model: Path
-    dtype: str = "auto"
-    """A vLLM dtype; "auto" takes the checkpoint's."""
+    dtype: str = ""
+    """A vLLM dtype; empty for the checkpoint's own. (vLLM's "auto" makes bfloat16 of float32.)"""
     block_size: int = 32
     """Tokens a block."""
     max_model_len: int = 16384
@@ -76,7 +76,7 @@ class ServerConfig:
             "served-model-name": MODEL_NAME,
             "host": "127.0.0.1",
             "port": port,
-            "dtype": self.dtype,
+            "dtype": self.dtype or json.loads((self.model / "config.json").read_text())["dtype"],
             "block-size": self.block_size,
             "max-model-len": self.max_model_len,
             "kv-cache-memory-bytes": self.kv_cache_bytes,

@@ -12,6 +12,7 @@ import os
 import threading
 import time
 import weakref
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
@@ -44,6 +45,8 @@ log = logging.getLogger("penstock.client")
 
 # How long a wait for the keeper sleeps before it looks whether the keeper still lives.
 _WAIT_SLICE_S = 0.1
+# The same where the caller may want to end it.
+_GIVE_UP_SLICE_S = 0.02
 # Damaged blocks that are named in the log; further ones are only counted.
 _MAX_TOLD = 1000
 # Session and tenant names: how much of one is told for display, and how many are remembered as told.
@@ -228,8 +231,11 @@ class Pool:
 
     # ---- writing
 
-    def reserve(self, handle: SpaceHandle, n: int, wait_s: float = 0.0) -> Reservation:
-        """Up to n slots to fill, waiting at most `wait_s` seconds for the keeper to make room.
+    def reserve(
+        self, handle: SpaceHandle, n: int, wait_s: float = 0.0, *, give_up: Callable[[], bool] | None = None
+    ) -> Reservation:
+        """Up to n slots to fill, waiting at most `wait_s` seconds for the keeper to make room, and about 20 ms longer
+        than `give_up` is false.
 
         Never raises for want of room: the reservation is shorter, its `drop` says why, and the difference is counted.
         """
@@ -248,14 +254,14 @@ class Pool:
             if must_ring(at.ctx):
                 self._link.ring()
             slots = np.concatenate([slots, grants.pop(handle.slot_class, n - len(slots))])
-        while len(slots) < n and self._wait_for_keeper(at, deadline):
+        while len(slots) < n and self._wait_for_keeper(at, deadline, give_up):
             slots = np.concatenate([slots, grants.pop(handle.slot_class, n - len(slots))])
         drop = Drop.NONE
         if len(slots) < n:
             drop = Drop.NO_ROOM if self._link.alive else Drop.NO_KEEPER
             self._count(at, K_DROP + drop, n - len(slots))
         grants.want(handle.slot_class, n, 0)
-        return Reservation(self, grants, handle, slots, drop, deadline)
+        return Reservation(self, grants, handle, slots, drop, deadline, give_up)
 
     def store(
         self,
@@ -265,9 +271,11 @@ class Pool:
         *,
         wait_s: float = 0.0,
         intent: Intent | None = None,
+        give_up: Callable[[], bool] | None = None,
     ) -> Stored:
-        """Reserve, copy in and commit the blocks of `keys`, from the first on, as far as there is room."""
-        with self.reserve(handle, len(keys), wait_s) as reservation:
+        """Reserve, copy in and commit the blocks of `keys`, from the first on, as far as there is room. `wait_s` and
+        `give_up` as in `reserve`."""
+        with self.reserve(handle, len(keys), wait_s, give_up=give_up) as reservation:
             n = len(reservation)
             if not n:
                 return Stored(0, reservation.drop)
@@ -290,17 +298,17 @@ class Pool:
                 return not unapplied(at.ctx)
         return at.dead is None
 
-    def _wait_for_keeper(self, at: Attachment, deadline: float) -> bool:
+    def _wait_for_keeper(self, at: Attachment, deadline: float, give_up: Callable[[], bool] | None = None) -> bool:
         """Ring the keeper if it sleeps and wait until it did something. False when the time is over or it is gone."""
         remaining = deadline - time.monotonic()
-        if remaining <= 0 or not self._link.alive or at.dead is not None:
+        if remaining <= 0 or not self._link.alive or at.dead is not None or (give_up is not None and give_up()):
             return False
         try:
             grants = set_waiting(at.ctx, 1)
             if must_ring(at.ctx):
                 self._link.ring()
             if not grants:
-                self._link.wait(min(remaining, _WAIT_SLICE_S))
+                self._link.wait(min(remaining, _WAIT_SLICE_S if give_up is None else _GIVE_UP_SLICE_S))
         finally:
             set_waiting(at.ctx, 0)
         return True
@@ -318,7 +326,7 @@ class Pool:
         rows[1:, 6:8] = rows[:-1, 4:6]
         rows[:, 10] = reservation._roots[:n].view(np.int64)
         done = self._put(at, rows)
-        while done < n and self._wait_for_keeper(at, reservation._deadline):
+        while done < n and self._wait_for_keeper(at, reservation._deadline, reservation._give_up):
             done += self._put(at, rows[done:])
         if done < n:
             self._count(at, K_DROP + Drop.RING_FULL, n - done)

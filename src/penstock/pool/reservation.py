@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -33,6 +34,7 @@ class Reservation:
         "_at",
         "_deadline",
         "_generations",
+        "_give_up",
         "_grants",
         "_handle",
         "_open",
@@ -51,6 +53,7 @@ class Reservation:
         slots: npt.NDArray[np.int64],
         drop: Drop,
         deadline: float,
+        give_up: Callable[[], bool] | None = None,
     ) -> None:
         self._pool = pool
         self._at = at = grants.at
@@ -59,6 +62,7 @@ class Reservation:
         self._units = np.ascontiguousarray(slots[:, 0])
         self._generations = np.ascontiguousarray(slots[:, 1])
         self._deadline = deadline
+        self._give_up = give_up
         self._roots = np.zeros(len(slots), np.uint64)
         self._pins: Pins | None = None
         self.drop = drop

@@ -208,7 +208,7 @@ class Engine:
         for pool in self.pools:
             held = pool.held()
             assert held["leases"] == 0, held
-        assert not self.half._in_flight and not self.half._waiting
+        assert not self.half._saves._in_flight and not self.half._waiting
         for worker in self.workers:
             assert not worker._delayed and not worker._saver._open and not worker._loader.is_busy()
         assert not self.scheduler.requests, list(self.scheduler.requests)

@@ -8,6 +8,7 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 from vllm.lora.request import LoRARequest
@@ -116,6 +117,13 @@ def picture(content: str, offset: int, length: int = 20) -> MultiModalFeatureSpe
     return MultiModalFeatureSpec(data=None, modality="image", identifier=content, mm_position=place, mm_hash=content)
 
 
+def trusting(house: House) -> Engine:
+    """An engine that takes vLLM's hashes of items for their content."""
+    engine = house.engine()
+    engine.half._config = msgspec.structs.replace(engine.half._config, trust_item_hashes=True)
+    return engine
+
+
 def keys_with(engine: Engine, *pictures: MultiModalFeatureSpec) -> list[bytes]:
     """Keys of P's blocks with these pictures in it. The scheduler of a text model cannot run them."""
     name = f"p{len(engine.requests)}"
@@ -128,7 +136,7 @@ def keys_with(engine: Engine, *pictures: MultiModalFeatureSpec) -> list[bytes]:
 
 
 def test_images_by_content_and_place(house: House) -> None:
-    engine = house.engine()
+    engine = trusting(house)
     cat, dog = "c" * 64, "d" * 64
     plain, one = keys_with(engine), keys_with(engine, picture(cat, 20))
     assert one[:1] == plain[:1], "before the image nothing depends on it"
@@ -139,8 +147,17 @@ def test_images_by_content_and_place(house: House) -> None:
     engine.scheduler.finished_req_ids.clear()
 
 
-def test_an_image_without_a_content_hash_is_left_alone(house: House) -> None:
+def test_an_image_is_left_alone_unless_its_hash_is_trusted(house: House) -> None:
     engine = house.engine()
+    name = engine.add(P, 1, mm_features=[picture("c" * 64, 20)])
+    tracked = engine.half._tracked[name]
+    assert not tracked.may_load and not tracked.may_save
+    assert engine.counter("left_alone.multimodal") == 1
+    engine.abort(name)
+
+
+def test_an_image_without_a_content_hash_is_left_alone(house: House) -> None:
+    engine = trusting(house)
     name = engine.add(P, 1, mm_features=[picture("named-by-the-client", 20)])
     tracked = engine.half._tracked[name]
     assert not tracked.may_load and not tracked.may_save

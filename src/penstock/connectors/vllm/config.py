@@ -28,10 +28,13 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     requests' steps. 0: always beside."""
     load_deadline_s: Seconds = 10.0
     """A load that has not ended by then counts as failed, and its tokens are computed."""
-    save_wait_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 0.2
+    save_wait_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 1.0
     """How long storing a batch of blocks may wait for room in the pool, off the engine's thread."""
     lease_age_s: Seconds = 30.0
     """A lookup that was not used is let go after this long."""
+    trust_item_hashes: bool = False
+    """Share requests with images and sounds, by the hash that vLLM has of each. vLLM takes a client's own name for such
+    an item in its place, so that a client may call one image by another one's hash: for clients that are trusted."""
     weights: str = ""
     """Digest of the weights ("algorithm:hex"), for checkpoints that are not files on this machine."""
 

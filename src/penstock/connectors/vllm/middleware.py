@@ -72,7 +72,9 @@ def _is_ours(scope: Scope) -> bool:
 
 def _declared_bytes(headers: Headers) -> int:
     declared = _first(headers, b"content-length")
-    return int(declared) if declared.isdigit() else 0
+    if not declared.isdigit():
+        return 0
+    return int(declared) if len(declared) < 20 else 1 << 63
 
 
 def _first(headers: Headers, name: bytes) -> bytes:

@@ -18,7 +18,7 @@ from penstock.connectors.vllm.messages import RankId, Variant
 
 __all__ = ["Lookup", "Tracked", "chain_extras", "left_alone"]
 
-# vLLM lets clients name images themselves; such a name says nothing about the content.
+# vLLM lets clients name images themselves. Such a name says nothing about the content, and may look like a hash.
 _CONTENT_HASH = re.compile(r"[0-9a-f]{64}")
 
 
@@ -119,8 +119,8 @@ class Tracked:
         self.save_anew()
 
 
-def left_alone(request: Any) -> str:
-    """Why a request neither loads nor saves; empty if it may."""
+def left_alone(request: Any, trust_item_hashes: bool) -> str:
+    """Why a request neither loads nor saves; empty if it may. `trust_item_hashes` as in the settings."""
     if request.prompt_embeds is not None or request.prompt_is_token_ids is not None:
         return "prompt_embeds"
     if request.prompt_token_ids is None:
@@ -129,7 +129,10 @@ def left_alone(request: Any) -> str:
         return "pooling"
     if getattr(request, "resumable", False):
         return "streaming_input"
-    if not all(_CONTENT_HASH.fullmatch(feature.mm_hash or "") for feature in request.mm_features):
+    hashes = [feature.mm_hash or "" for feature in request.mm_features]
+    if hashes and not trust_item_hashes:
+        return "multimodal"
+    if not all(_CONTENT_HASH.fullmatch(one) for one in hashes):
         return "item_without_content_hash"
     return ""
 

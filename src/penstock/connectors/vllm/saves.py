@@ -25,6 +25,8 @@ __all__ = ["Saver"]
 # One piece: what calling off waits for at most. Slots are granted ahead up to a sixteenth of the pool in all, so that
 # more at once would come short in small pools.
 _PIECE_BLOCKS = 16
+# After a wait in vain, none for this many times as long.
+_HURRY_FACTOR = 5
 
 
 @dataclass(slots=True, eq=False)
@@ -46,6 +48,8 @@ class Saver:
         self._ended: dict[int, Drop] = {}
         self._open: dict[str, int] = {}
         """Request -> its saves that have not ended."""
+        self._hurry_until_s = 0.0
+        """A save waited for room in vain: until then none waits, or ended requests' pages would pile up behind it."""
         self._closed = False
         self._thread = threading.Thread(target=self._run, name="penstock-save", daemon=True)
         self._thread.start()
@@ -143,7 +147,14 @@ class Saver:
                 return self._dropped(Drop.ABORTED, n_blocks - first)
             last = min(n_blocks, first + _PIECE_BLOCKS)
             tensors = self._caches.map(order.pages[first:last])
-            stored = pool.store(handle, chain[first:last], tensors, wait_s=self._wait_s, intent=order.intent)
+            wait_s = self._wait_s if time.monotonic() >= self._hurry_until_s else 0.0
+            stored = pool.store(
+                handle, chain[first:last], tensors, wait_s=wait_s, intent=order.intent, give_up=lambda: job.off
+            )
+            if stored.drop is not Drop.NO_ROOM:
+                self._hurry_until_s = 0.0
+            elif wait_s:
+                self._hurry_until_s = time.monotonic() + _HURRY_FACTOR * wait_s
             self._counters.add("save.blocks", stored.n_blocks)
             self._counters.add("save.bytes", stored.n_blocks * handle.block_bytes)
             if stored.n_blocks < last - first:

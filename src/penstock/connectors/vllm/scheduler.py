@@ -15,25 +15,21 @@ import logging
 import secrets
 import time
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
-from penstock import Drop, Miss
+from penstock import Miss
 from penstock.connectors.counters import Counters
 from penstock.connectors.vllm.config import ConnectorConfig
 from penstock.connectors.vllm.events import PoolEvents
 from penstock.connectors.vllm.intent import read_request
-from penstock.connectors.vllm.messages import LoadOrder, Orders, RankHello, RankId, Report, SaveOrder, Variant
-from penstock.connectors.vllm.ranks import Handles, Ranks
+from penstock.connectors.vllm.messages import LoadOrder, Orders, RankHello, RankId, Report, Variant
+from penstock.connectors.vllm.plans import SavePlans
+from penstock.connectors.vllm.ranks import Ranks
 from penstock.connectors.vllm.recovery import roll_back
 from penstock.connectors.vllm.requests import Lookup, Tracked, chain_extras, left_alone
 from penstock.connectors.vllm.spaces import Adapters
 from penstock.connectors.vllm.tie import Tie
-from penstock.errors import PenstockError, PoolClosed
-from penstock.identity import unpack_keys
+from penstock.errors import PoolClosed
 
 __all__ = ["SchedulerHalf"]
 
@@ -43,18 +39,6 @@ _log = logging.getLogger("vllm.penstock")
 _ASSUMED_BYTES_PER_S = 2e9
 # A load that failed may be tried again once the keeper had time to drop the damaged block; more often is in vain.
 _MAX_FAILED_LOADS = 1
-
-
-@dataclass(frozen=True, slots=True)
-class _Saving:
-    """A save in flight."""
-
-    tracked: Tracked
-    variant: Variant
-    first_block: int
-    keys: list[bytes]
-    """Of the first rank."""
-    of_rank: dict[RankId, npt.NDArray[np.uint64]]
 
 
 class SchedulerHalf:
@@ -89,20 +73,19 @@ class SchedulerHalf:
         self._tracked: dict[str, Tracked] = {}
         self._numbers = iter(range(1, 1 << 62))
         self._loads: dict[int, tuple[str, Lookup]] = {}
-        self._saves: dict[int, _Saving] = {}
+        self._saves = SavePlans(self._ranks, self._numbers, block_tokens, events)
         self._opened = {Variant()}
         """Variants whose spaces every worker has registered, so that no step waits for the keeper."""
-        self._in_flight: set[bytes] = set()
-        """Keys, of the first rank, that are being stored."""
         self._waiting: dict[int, int] = {}
         """How many ranks have not answered a load or save yet."""
         self._orders = Orders()
         self._step = 0
         """The step that is being put together."""
+        self._mixed = False
+        """Whether the engine's own prefix cache may hold what it computed before the last reset."""
         self._left: list[list[int]] = []
         """Pages of requests that ended while their last step ran: what it computed is in the prefix cache."""
         self._speed = 0.0
-        self._events = events
         self._cache_manager: Any = None
 
     # ---- start
@@ -123,12 +106,12 @@ class SchedulerHalf:
         for name in asked.malformed:
             self._counters.add("intent.malformed")
             _log.debug("request %s: malformed %s is ignored", request.request_id, name)
-        alone = left_alone(request)
+        alone = left_alone(request, self._config.trust_item_hashes)
         variant = Variant(epoch=self._epoch)
         if not alone and request.lora_request is not None:
             try:
                 variant = Variant(self._adapters.digest(request.lora_request), self._epoch)
-            except (PenstockError, OSError, ValueError) as error:
+            except Exception as error:  # noqa: BLE001 - the engine's thread: whatever it is, the request needs no pool
                 alone = "unknown_adapter"
                 _log.warning("request %s is computed without the pool: %s", request.request_id, error)
         if alone:
@@ -161,9 +144,11 @@ class SchedulerHalf:
         promises.
         """
         tracked = self._tracked.get(request.request_id) or self.arrived(request)
+        tracked.local_tokens = n_computed
+        if self._mixed and n_computed:
+            tracked.may_save = False
         if not tracked.may_load or tracked.loading or request.skip_reading_prefix_cache:
             return 0, False
-        tracked.local_tokens = n_computed
         lookup = self._lookup(tracked, n_computed // self._block)
         if lookup is None:
             return 0, False
@@ -274,11 +259,10 @@ class SchedulerHalf:
         """
         orders, self._orders = self._orders, Orders()
         for name in preempted:
-            tracked = self._tracked.get(name)
-            if tracked is not None:
+            # Also one that ended since: its pages are given away, and its saves may still be under way.
+            orders.preempted.append(name)
+            if (tracked := self._tracked.get(name)) is not None:
                 tracked.save_anew()
-                if tracked.saving:
-                    orders.preempted.append(name)
         if self._may_save:
             for name in scheduled:
                 tracked = self._tracked.get(name)
@@ -293,41 +277,10 @@ class SchedulerHalf:
         return orders
 
     def _plan_saves(self, tracked: Tracked, pages_of: Callable[[str], list[int]], orders: Orders) -> None:
-        """Have the settled blocks stored that the pool lacks and nobody is storing."""
-        n_full = tracked.n_settled // self._block
-        handles = self._ranks.handles(tracked.variant)
-        if not tracked.may_save or n_full <= tracked.n_planned or isinstance(handles, Miss):
-            return
-        tracked.n_planned = n_full
-        tracked.extend(self._ranks.spaces(tracked.variant), n_full * self._block)
-        if tracked.n_saved is None:
-            tracked.n_saved = _present(tracked, handles, n_full)
-        first = tracked.n_saved
-        keys: list[bytes] = [*unpack_keys(next(iter(tracked.chains.values())).array[first:n_full])]
-        while keys and keys[0] in self._in_flight:
-            del keys[0]
-            first += 1
-        tracked.n_saved = n_full
-        if keys:
-            name = tracked.request.request_id
-            orders.saves.append(self._save(tracked, first, keys, pages_of(name)[first:n_full]))
-
-    def _save(self, tracked: Tracked, first: int, keys: list[bytes], pages: list[int]) -> SaveOrder:
-        number = next(self._numbers)
-        parts = {rank: chain[first : first + len(keys)] for rank, chain in tracked.chains.items()}
-        self._saves[number] = _Saving(tracked, tracked.variant, first, keys, {r: p.array for r, p in parts.items()})
-        self._in_flight.update(keys)
-        self._waiting[number] = len(self._ranks)
-        tracked.saving.add(number)
-        return SaveOrder(
-            number=number,
-            request=tracked.request.request_id,
-            variant=tracked.variant,
-            first_block=first,
-            keys={rank: part.parent + part.array.tobytes() for rank, part in parts.items()},
-            pages=pages,
-            intent=tracked.intent,
-        )
+        order = self._saves.plan(tracked, pages_of)
+        if order is not None:
+            self._waiting[order.number] = len(self._ranks)
+            orders.saves.append(order)
 
     # ---- what came of it
 
@@ -340,10 +293,10 @@ class SchedulerHalf:
                 if self._all_ranks(number, n_ranks):
                     self._load_ended(number)
             for number, drop in report.dropped.items():
-                self._save_dropped(number, drop)
+                self._saves.dropped(number, drop)
             for number, n_ranks in report.saved.items():
                 if self._all_ranks(number, n_ranks):
-                    self._save_ended(number)
+                    self._opened.add(self._saves.ended(number, self._epoch))
         if invalid_pages:
             self._failed(invalid_pages)
 
@@ -364,25 +317,6 @@ class SchedulerHalf:
             tracked.loading = 0
             self._opened.add(tracked.variant)
 
-    def _save_dropped(self, number: int, drop: Drop) -> None:
-        found = self._saves.get(number)
-        if found is not None:
-            # The next block that fills looks at what the pool has and tries again from there.
-            found.tracked.n_saved = None
-            _log.debug("request %s: blocks were not stored (%s)", found.tracked.request.request_id, drop.name.lower())
-
-    def _save_ended(self, number: int) -> None:
-        saving = self._saves.pop(number)
-        self._opened.add(saving.variant)
-        self._in_flight.difference_update(saving.keys)
-        saving.tracked.saving.discard(number)
-        if self._events is None:
-            return
-        handles = self._ranks.handles(saving.variant)
-        if not isinstance(handles, Miss):
-            parts = [(handle, saving.of_rank[rank]) for rank, handle in handles[1].items()]
-            self._events.stored(saving.tracked.request, saving.first_block, len(saving.keys), parts)
-
     def _failed(self, invalid_pages: set[int]) -> None:
         self._counters.add("load.failed_blocks", len(invalid_pages))
         if self._cache_manager is None:
@@ -395,7 +329,9 @@ class SchedulerHalf:
             tracked.hit_tokens = min(tracked.hit_tokens, kept)
             tracked.save_anew()
             tracked.n_failed_loads += 1
-            if tracked.n_failed_loads > _MAX_FAILED_LOADS:
+            # After a load beside the steps none at all: vLLM would count the request's own unmet need against the next
+            # one and never give it pages, nor anybody behind it.
+            if tracked.beside or tracked.n_failed_loads > _MAX_FAILED_LOADS:
                 tracked.may_load = False
 
     # ---- requests go
@@ -446,20 +382,20 @@ class SchedulerHalf:
         The new one is this engine's alone: nobody else can say that their weights changed in the same way.
         """
         self._epoch = secrets.randbits(63) | 1
+        self._mixed = any(tracked.request.num_computed_tokens for tracked in self._tracked.values())
         for tracked in self._tracked.values():
             self._drop_lookup(tracked)
             tracked.variant = Variant(tracked.variant.adapter, self._epoch)
             tracked.forget_keys()
             # What it has computed is of before, and what follows builds on it.
             tracked.may_save = tracked.may_save and not tracked.request.num_computed_tokens
-        if self._events is not None:
-            self._events.reset()
+        self._saves.reset()
         self._counters.add("resets")
         return True
 
     def take_events(self) -> list[Any]:
         """The engine's KV events of what it stored and what left, since the last call."""
-        return [] if self._events is None else self._events.take()
+        return self._saves.take_events()
 
     def held(self) -> dict[str, int]:
         """What stands now: for tests and for whoever looks for leaks."""
@@ -486,12 +422,3 @@ def _handovers(lookup: Lookup) -> dict[RankId, bytes]:
         return {rank: lease.handover() for rank, lease in lookup.leases.items()}
     except PoolClosed:
         return {}
-
-
-def _present(tracked: Tracked, handles: Handles, n_full: int) -> int:
-    """Leading blocks that every rank's space has in the pool."""
-    pool, of_rank = handles
-    for rank, handle in of_rank.items():
-        with pool.match(handle, tracked.chains[rank][:n_full]) as lease:
-            n_full = min(n_full, len(lease))
-    return n_full

@@ -94,12 +94,13 @@ class Adapters:
     """Digests of the LoRA adapters that requests name. For one thread."""
 
     def __init__(self) -> None:
-        self._known: dict[tuple[str, int], tuple[str, _Stamp]] = {}
+        self._known: dict[tuple[str, str], tuple[str, _Stamp]] = {}
 
     def digest(self, lora_request: Any) -> str:
         """Digest of the adapter's files, whatever it is called. Reads them once (about 1 GB/s and core).
 
-        Raises Refused where they cannot be read, or changed since: then nobody knows which of them the engine loaded.
+        Raises Refused where they cannot be read, or changed since this name and path were first used: nobody knows
+        which of them the engine loaded, and its own prefix cache tells adapters apart by name and path only.
         """
         folder = Path(lora_request.lora_path)
         config = folder / "adapter_config.json"
@@ -107,9 +108,9 @@ class Adapters:
             raise Refused(f"the adapter {lora_request.lora_name!r} is not a folder with an adapter_config.json here")
         files = (*_adapter_files(folder), config)
         stamp = tuple((file.name, *_identity(file.stat())) for file in files)
-        key = (str(folder), int(lora_request.lora_int_id))
+        key = (str(lora_request.lora_name), str(folder))
         known = self._known.get(key)
-        if known is None or (lora_request.load_inplace and known[1] != stamp):
+        if known is None:
             known = self._known[key] = (weights_digest(files), stamp)
         if known[1] != stamp:
             raise Refused(

@@ -14,7 +14,6 @@ from collections.abc import Callable
 
 import penstock
 from penstock import Pool, Space, SpaceHandle
-from penstock.errors import PenstockError
 from penstock.identity import warm
 
 __all__ = ["Tie"]
@@ -135,7 +134,7 @@ class Tie:
         try:
             _load_kernels()
             pool = self._open(self._name, client=self._client)
-        except (PenstockError, OSError) as error:
+        except Exception as error:  # noqa: BLE001 - the border to the pool, as below
             self._warn(
                 f"no pool {self._name!r}",
                 error,
