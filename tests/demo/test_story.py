@@ -77,6 +77,7 @@ class FakeEngine:
     label = "A"
 
     def __init__(self, hit: int, violations: int = 0, stored: bool = True) -> None:
+        self.facts: dict[str, Any] = {}
         self._answer = {"tokens": [1], "hit_tokens": hit, "miss": "absent", "ttft_s": 0.1, "stored": stored}
         self._equality = {"equal": 1, "near_ties": 0, "violations": violations, "widest": 0.0}
 

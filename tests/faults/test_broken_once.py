@@ -384,8 +384,8 @@ def test_a_store_across_a_replacement_is_a_drop(keeper: Keeper, monkeypatch: pyt
         handle, uuid = pool.space(SPACE), pool._at.uuid
         reserve = Pool.reserve
 
-        def late(self: Pool, *args: Any) -> Any:
-            reservation = reserve(self, *args)
+        def late(self: Pool, *args: Any, **options: Any) -> Any:
+            reservation = reserve(self, *args, **options)
             _replace(keeper)
             until(lambda: pool._at.uuid != uuid and pool._link.alive, "it is back")
             return reservation
