@@ -47,7 +47,7 @@ class Scale:
 
 
 FULL = Scale(
-    document_tokens=5000, n_documents=8, n_trace_requests=64, n_fresh_rounds=24, n_lookups=400, n_loaded=6,
+    document_tokens=5000, n_documents=6, n_trace_requests=40, n_fresh_rounds=14, n_lookups=400, n_loaded=4,
     warm_up_tokens=16500,
 )  # fmt: skip
 QUICK = Scale(

@@ -255,6 +255,7 @@ class Pool:
                 self._link.ring()
             slots = np.concatenate([slots, grants.pop(handle.slot_class, n - len(slots))])
         while len(slots) < n and self._wait_for_keeper(at, deadline, give_up):
+            self._last_reserve = time.monotonic()  # or `tidy` would take back the want of one that waits long
             slots = np.concatenate([slots, grants.pop(handle.slot_class, n - len(slots))])
         drop = Drop.NONE
         if len(slots) < n:

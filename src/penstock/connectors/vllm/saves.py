@@ -26,7 +26,7 @@ __all__ = ["Saver"]
 # more at once would come short in small pools.
 _PIECE_BLOCKS = 16
 # After a wait in vain, none for this many times as long.
-_HURRY_FACTOR = 5
+_HURRY_FACTOR = 1
 
 
 @dataclass(slots=True, eq=False)
