@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,8 +38,17 @@ class Rig:
         return [place for place in places if place.space.block_bytes == least]
 
     def wait_stored(self, prompt: list[int]) -> None:
-        for place in self.ranks():
-            self.view.wait_stored(prompt, place=place)
+        """Until both ranks' blocks are there. A save that found no room in time, as on a machine whose cores both poll,
+        is dropped, which is allowed; the next request for the prompt stores what is missing."""
+        n_blocks = len(prompt) // BLOCK
+        for _ in range(4):
+            with contextlib.suppress(AssertionError):
+                until(
+                    lambda: all(self.view.n_resident(place, prompt) == n_blocks for place in self.ranks()), timeout_s=20
+                )
+                return
+            complete(self.two, prompt)
+        raise AssertionError(f"{n_blocks} blocks are not stored, however often they are asked for")
 
 
 @pytest.fixture(scope="module")

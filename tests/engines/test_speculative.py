@@ -57,7 +57,11 @@ def test_blocks_of_accepted_drafts_are_right(pair: list[VllmServer]) -> None:
             forget(plain)
             return complete(plain, turn, 1, kv_transfer_params={"penstock": {"skip_save": True}}).cached_tokens
 
-        until(lambda n_hit=n_hit, found=found: found() == n_hit, f"{n_hit} tokens are found")
+        try:
+            until(lambda n_hit=n_hit, found=found: found() == n_hit, f"{n_hit} tokens are found", timeout_s=20)
+        except AssertionError:  # a save found no room in time, which is allowed: the next turn stores what is missing
+            complete(speculating, turn, 1)
+            until(lambda n_hit=n_hit, found=found: found() == n_hit, f"{n_hit} tokens are found")
         forget(plain)
         again = complete(plain, turn, 24, logprobs=1)
         assert again.cached_tokens == n_hit > hit_of(turn[: answer.prompt_tokens])
