@@ -13,7 +13,6 @@ import threading
 import time
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -25,6 +24,7 @@ from penstock.errors import ConfigError, PoolClosed
 from penstock.pool.attachment import Attachment
 from penstock.pool.context import K_COMMITTED, K_DROP, K_RUNG, K_WRITTEN_BYTES
 from penstock.pool.grants import GrantStore
+from penstock.pool.handles import SpaceHandle, Stored
 from penstock.pool.layout import COMMIT_BYTES, KIND_ABORT, KIND_COMMIT, KIND_SUSPECT
 from penstock.pool.lease import Handover, Lease
 from penstock.pool.link import Link
@@ -58,44 +58,6 @@ _NO_INTENT = [0] * 5
 _MISSES = {int(miss): miss for miss in Miss}
 
 _live_pools: weakref.WeakSet[Pool] = weakref.WeakSet()
-
-
-@dataclass(slots=True, eq=False)
-class SpaceHandle:
-    """A space as one pool knows it. `id` and `slot_class` belong to the pool's present segment."""
-
-    space: Space
-    label: str
-    id: int
-    slot_class: int
-    block_bytes: int
-    n_segments: int
-    segment_bytes: int
-    shape: int
-    """id | block bytes << 32, as the kernels take it."""
-    root: bytes
-
-    def number(self, answer: SpaceIs) -> None:
-        """Take the numbers that the keeper gave this space."""
-        self.id, self.slot_class = answer.id, answer.slot_class
-        self.shape = answer.id | self.block_bytes << 32
-
-    def segments(self, which: npt.ArrayLike | None) -> npt.NDArray[np.int64]:
-        """Indices of layer segments as a checked int64 array; None is all of them."""
-        if which is None:
-            return np.arange(self.n_segments, dtype=np.int64)
-        segs = np.ascontiguousarray(which, dtype=np.int64)
-        if segs.ndim != 1 or (len(segs) and (segs.min() < 0 or segs.max() >= self.n_segments)):
-            raise ValueError(f"segments {which!r} of a block that has {self.n_segments}")
-        return segs
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """What `Pool.store` did: blocks published, and why there are no more."""
-
-    n_blocks: int
-    drop: Drop
 
 
 class Pool:
@@ -234,8 +196,8 @@ class Pool:
     def reserve(
         self, handle: SpaceHandle, n: int, wait_s: float = 0.0, *, give_up: Callable[[], bool] | None = None
     ) -> Reservation:
-        """Up to n slots to fill, waiting at most `wait_s` seconds for the keeper to make room, and about 20 ms longer
-        than `give_up` is false.
+        """Up to n slots to fill, waiting at most `wait_s` seconds for the keeper to make room. The wait ends about 20
+        ms after `give_up` says so.
 
         Never raises for want of room: the reservation is shorter, its `drop` says why, and the difference is counted.
         """
