@@ -14,6 +14,9 @@ PenstockError
 |   `-- LaneTaken          another process holds the lane that the keeper gave
 |-- ViewsAlive             memory is still referenced by arrays that the caller made
 |-- PoolClosed             used after close
+|-- TierError              a tier below the pool could not do what it was asked
+|   |-- TierUnavailable    it is not there, refused, or failed as a whole
+|   `-- TierTimeout        it did not answer by the deadline
 `-- Refused                a model or layout that Penstock cannot store block by block
 """
 
@@ -34,6 +37,9 @@ __all__ = [
     "PoolClosed",
     "Refused",
     "SegmentError",
+    "TierError",
+    "TierTimeout",
+    "TierUnavailable",
     "ViewsAlive",
 ]
 
@@ -96,3 +102,15 @@ class PoolClosed(PenstockError):
 
 class Refused(PenstockError):
     """A model, cache or layout that cannot be stored block by block; the text names the reason."""
+
+
+class TierError(PenstockError):
+    """A tier below the pool could not do what it was asked. Never reaches an engine: it is a counted reason there."""
+
+
+class TierUnavailable(TierError):
+    """The tier is not there, refused (a wrong password, a full or read-only file system), or failed as a whole."""
+
+
+class TierTimeout(TierError):
+    """The tier did not answer by the deadline."""

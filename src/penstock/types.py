@@ -6,11 +6,22 @@ Imports the standard library, numpy and msgspec only.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, StrEnum
 
 import numpy as np
 
-__all__ = ["NO_UNIT", "Drop", "EventKind", "Eviction", "Intent", "Miss", "event_dtype"]
+__all__ = [
+    "NO_UNIT",
+    "Drop",
+    "EventKind",
+    "Eviction",
+    "FetchEnd",
+    "Intent",
+    "Miss",
+    "Urgency",
+    "WriteRule",
+    "event_dtype",
+]
 
 NO_UNIT = 0xFFFFFFFF
 """No slot: the parent of the first block of a chain, the end of a list."""
@@ -75,6 +86,49 @@ class Eviction(IntEnum):
     """A restart found two copies of one key."""
     CHECKSUM = 3
     """Its bytes were damaged, or it continues a chain of such a block."""
+
+
+class WriteRule(StrEnum):
+    """When blocks are written to a tier below the pool."""
+
+    THROUGH = "through"
+    """As soon as they are committed."""
+    SECOND_USE = "second-use"
+    """Once they were used again: keeps what is used once off a disk that wears."""
+    EVICTION = "eviction"
+    """When they are about to leave the tier above."""
+    NEVER = "never"
+    """Read only."""
+
+
+class Urgency(IntEnum):
+    """What a move is for; the smaller goes first."""
+
+    FETCH = 0
+    """Somebody waits for it."""
+    PREFETCH = 1
+    WRITE_BACK = 2
+
+
+class FetchEnd(IntEnum):
+    """Why a fetch ended where it did."""
+
+    DONE = 0
+    """Every block that was asked for is in the pool."""
+    ABSENT = 1
+    """No tier has the next block."""
+    DEADLINE = 2
+    NO_ROOM = 3
+    """The pool made no room in time."""
+    READ_FAILED = 4
+    """A tier has the block, or may have it, and could not be read."""
+    DAMAGED = 5
+    """Every copy of the next block had a wrong checksum; they were dropped."""
+    CANCELLED = 6
+    NO_TIERS = 7
+    """This pool has no tiers below it, or what moves their blocks is not running."""
+    BUSY = 8
+    """Too many fetches at once."""
 
 
 class EventKind(IntEnum):
