@@ -35,12 +35,26 @@ def serve(
     size: Annotated[str, typer.Option("--size", help="Bytes, or 512M, 20G; default: what can be spared.")] = "",
     path: PathOption = None,
     slab: Annotated[str, typer.Option("--slab", help="Slab size; at least the largest block.")] = "",
+    tier: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--tier", "-t", help="A tier below the pool, such as disk:/var/cache/penstock?size=64G; repeatable."
+        ),
+    ] = None,
+    replicas: Annotated[
+        list[str] | None,
+        typer.Option("--replicas", help="Tiers that blocks are written to: N, or TENANT=N; repeatable."),
+    ] = None,
+    tenant_cap: Annotated[
+        list[str] | None,
+        typer.Option("--tenant-cap", help="TENANT=SIZE: bytes a second for a tenant's moves; repeatable."),
+    ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
 ) -> None:
     """Serve a pool in the foreground, until Ctrl-C. An existing pool goes on with what it holds."""
     from penstock.cli.serve import serve as run
 
-    run(name, size, path, slab, verbose)
+    run(name, size, path, slab, verbose, tier or [], replicas or [], tenant_cap or [])
 
 
 @app.command()

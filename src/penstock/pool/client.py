@@ -12,7 +12,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Literal
 
@@ -22,9 +22,10 @@ import numpy.typing as npt
 
 from penstock.errors import ConfigError, PoolClosed
 from penstock.pool.attachment import Attachment
+from penstock.pool.below import Below, Fetch, TierLine
 from penstock.pool.context import K_COMMITTED, K_DROP, K_RUNG, K_WRITTEN_BYTES
 from penstock.pool.grants import GrantStore
-from penstock.pool.handles import SpaceHandle, Stored
+from penstock.pool.handles import PlacedSpace, SpaceHandle, Stored
 from penstock.pool.layout import COMMIT_BYTES, KIND_ABORT, KIND_COMMIT, KIND_SUSPECT
 from penstock.pool.lease import Handover, Lease
 from penstock.pool.link import Link
@@ -34,7 +35,7 @@ from penstock.pool.reservation import Reservation
 from penstock.pool.tensors import TensorMap
 from penstock.pool.wire import Names, SpaceIs, SpaceOf
 from penstock.pool.writer import RING_BIT, must_ring, publish, set_waiting, unapplied
-from penstock.types import Drop, Intent, Miss
+from penstock.types import Drop, FetchEnd, Intent, Miss, Urgency
 
 if TYPE_CHECKING:
     from penstock.identity import KeyChain, Space
@@ -79,6 +80,7 @@ class Pool:
         self._closed = False
         # Closing, and going over to another segment: one after the other.
         self._changing = threading.RLock()
+        self._tiers = TierLine(name)
         self._last_reserve = 0.0
         self._damage_told: set[bytes] = set()
         self._on_close: list[weakref.finalize[..., object]] = []
@@ -98,8 +100,9 @@ class Pool:
         if digest in self._handles:
             return self._handles[digest]
         handle = SpaceHandle(
-            space, label, -1, -1, space.block_bytes, space.n_segments, space.segment_bytes, -1, bytes(root_key(space))
-        )
+            digest, bytes(root_key(space)), space.block_bytes, space.block_tokens, space.n_segments,
+            space.segment_bytes, label, space=space,
+        )  # fmt: skip
         if space.segment_bytes % 64 or space.segment_bytes < 256:
             raise ConfigError(
                 f"layer segments of {space.segment_bytes} bytes: use a multiple of 64 of at least 256 "
@@ -111,11 +114,10 @@ class Pool:
         return handle
 
     def _ask_for(self, handle: SpaceHandle) -> SpaceIs:
-        space = handle.space
         return self._link.space(
             SpaceOf(
-                space.digest(), handle.root, space.block_bytes, space.block_tokens, space.n_segments,
-                space.segment_bytes, handle.label,
+                handle.digest, handle.root, handle.block_bytes, handle.block_tokens, handle.n_segments,
+                handle.segment_bytes, handle.label,
             )
         )  # fmt: skip
 
@@ -138,6 +140,34 @@ class Pool:
             self, at, handle, packed & HEAD_MASK, packed >> HEAD_BITS & COUNT_MASK,
             _MISSES[packed >> (HEAD_BITS + COUNT_BITS)],
         )  # fmt: skip
+
+    def locate(self, handle: SpaceHandle, keys: KeyChain, wait_s: float = 0.05) -> Below:
+        """Where the blocks of `keys` are: how many are in the pool, and how many more could be fetched from where, by
+        when. Waits at most about `wait_s`, for stores on other machines. Leases nothing, never raises."""
+        at = self._at
+        if at.dead is not None:
+            return Below(0, why=FetchEnd.NO_TIERS)
+        return self._tiers.locate(at.uuid, handle.id, keys.array, wait_s)
+
+    def fetch(
+        self,
+        handle: SpaceHandle,
+        keys: KeyChain,
+        deadline_s: float,
+        *,
+        intent: Intent | None = None,
+        urgency: Urgency = Urgency.FETCH,
+    ) -> Fetch:
+        """Start bringing the blocks of `keys` that are not in the pool from the tiers below it; returns at once.
+
+        It ends within `deadline_s` seconds. What did not arrive by then is left out, and the engine recomputes from
+        there: `match` tells how far. A prefetch (`urgency`) goes on when the returned object is dropped. Never raises.
+        """
+        at = self._at
+        if at.dead is not None:
+            return Fetch(self._tiers, None, 0.0, FetchEnd.NO_TIERS)
+        said = self._intent_words(intent) if intent is not None else _NO_INTENT
+        return self._tiers.fetch(at.uuid, handle.id, keys.array, bytes(keys.parent), deadline_s, urgency, said)
 
     def adopt(self, data: bytes) -> Lease:
         """Take a lease of one's own on the blocks of another process's lease (`Lease.handover`).
@@ -194,7 +224,7 @@ class Pool:
     # ---- writing
 
     def reserve(
-        self, handle: SpaceHandle, n: int, wait_s: float = 0.0, *, give_up: Callable[[], bool] | None = None
+        self, handle: PlacedSpace, n: int, wait_s: float = 0.0, *, give_up: Callable[[], bool] | None = None
     ) -> Reservation:
         """Up to n slots to fill, waiting at most `wait_s` seconds for the keeper to make room. The wait ends about 20
         ms after `give_up` says so.
@@ -277,16 +307,30 @@ class Pool:
         return True
 
     def _publish(self, reservation: Reservation, keys: KeyChain, n: int, intent: Intent | None) -> int:
-        """Commit the first n slots of a reservation. Slots that find no room in the ring are kept for the next one."""
-        handle, at = reservation._handle, reservation._at
+        """Commit the first n slots of a reservation under the keys of a chain."""
         said = self._intent_words(intent) if intent is not None else _NO_INTENT
+        words = keys.array[:n].view(np.int64)
+        parents = np.concatenate([np.frombuffer(keys.parent, np.int64).reshape(1, 2), words[: n - 1]])
+        return self._publish_words(reservation, words, parents, said)
+
+    def _publish_words(
+        self,
+        reservation: Reservation,
+        keys: npt.NDArray[np.int64],
+        parents: npt.NDArray[np.int64],
+        said: Sequence[int],
+    ) -> int:
+        """Commit the first slots of a reservation, whose checksums are in place, under these keys, both (n, 2) words.
+
+        `said` is the intent as `_intent_words` makes it. Slots that find no room in the ring are kept for the next one.
+        """
+        handle, at, n = reservation._handle, reservation._at, len(keys)
         rows = np.empty((n, COMMIT_BYTES // 8), np.int64)
         rows[:] = (KIND_COMMIT, 0, 0, at.given.epoch, 0, 0, 0, 0, handle.block_bytes, handle.id, 0, *said)
         rows[:, 1] = reservation._units[:n]
         rows[:, 2] = reservation._generations[:n]
-        rows[:, 4:6] = keys.array.view(np.int64)
-        rows[0, 6:8] = np.frombuffer(keys.parent, np.int64)
-        rows[1:, 6:8] = rows[:-1, 4:6]
+        rows[:, 4:6] = keys
+        rows[:, 6:8] = parents
         rows[:, 10] = reservation._roots[:n].view(np.int64)
         done = self._put(at, rows)
         while done < n and self._wait_for_keeper(at, reservation._deadline, reservation._give_up):
@@ -412,6 +456,7 @@ class Pool:
             finalizer()
         self._at.end()
         self._link.close()
+        self._tiers.close()
 
     @property
     def uuid(self) -> bytes:
@@ -457,6 +502,7 @@ class Pool:
         self._changing = threading.RLock()
         self._at.forked()
         self._link.abandon()
+        self._tiers.forked()
 
 
 def _drop_of(miss: Miss | None) -> Drop:

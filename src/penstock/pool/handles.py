@@ -14,23 +14,24 @@ from penstock.types import Drop
 if TYPE_CHECKING:
     from penstock.identity import Space
 
-__all__ = ["SpaceHandle", "Stored"]
+__all__ = ["PlacedSpace", "SpaceHandle", "Stored"]
 
 
 @dataclass(slots=True, eq=False)
-class SpaceHandle:
-    """A space as one pool knows it. `id` and `slot_class` belong to the pool's present segment."""
+class PlacedSpace:
+    """A space's numbers in one pool. `id` and `slot_class` belong to the pool's present segment."""
 
-    space: Space
-    label: str
-    id: int
-    slot_class: int
+    digest: bytes
+    root: bytes
     block_bytes: int
+    block_tokens: int
     n_segments: int
     segment_bytes: int
-    shape: int
+    label: str
+    id: int = -1
+    slot_class: int = -1
+    shape: int = -1
     """id | block bytes << 32, as the kernels take it."""
-    root: bytes
 
     def number(self, answer: SpaceIs) -> None:
         """Take the numbers that the keeper gave this space."""
@@ -45,6 +46,13 @@ class SpaceHandle:
         if segs.ndim != 1 or (len(segs) and (segs.min() < 0 or segs.max() >= self.n_segments)):
             raise ValueError(f"segments {which!r} of a block that has {self.n_segments}")
         return segs
+
+
+@dataclass(slots=True, eq=False, kw_only=True)
+class SpaceHandle(PlacedSpace):
+    """A space as one pool knows it, for who knows what the space stands for."""
+
+    space: Space
 
 
 @dataclass(frozen=True, slots=True)

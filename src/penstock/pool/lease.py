@@ -20,7 +20,8 @@ from penstock.pool.views import Pins
 from penstock.types import Miss
 
 if TYPE_CHECKING:
-    from penstock.pool.client import Pool, SpaceHandle
+    from penstock.pool.client import Pool
+    from penstock.pool.handles import PlacedSpace
 
 __all__ = ["Handover", "Lease"]
 
@@ -48,7 +49,7 @@ class Lease:
 
     __slots__ = ("_at", "_cell", "_count", "_damaged", "_handle", "_pins", "_pool", "_slots", "miss")
 
-    def __init__(self, pool: Pool, at: Attachment, handle: SpaceHandle, cell: int, count: int, miss: Miss) -> None:
+    def __init__(self, pool: Pool, at: Attachment, handle: PlacedSpace, cell: int, count: int, miss: Miss) -> None:
         self._pool = pool
         self._at = at
         self._handle = handle
@@ -146,8 +147,7 @@ class Lease:
         handles, keys = np.zeros((self._count, 2), np.int64), np.zeros((self._count, 2), np.uint64)
         if self._count:
             lease_handles(self._at.ctx, self._cell, self._count, handles, keys)
-        digest = self._handle.space.digest()
-        return msgspec.msgpack.encode(Handover(self._at.uuid, digest, handles.tobytes(), keys.tobytes()))
+        return msgspec.msgpack.encode(Handover(self._at.uuid, self._handle.digest, handles.tobytes(), keys.tobytes()))
 
     def truncate(self, n_blocks: int) -> None:
         """Release all but the first n_blocks. Raises ViewsAlive if views are."""

@@ -18,7 +18,8 @@ from penstock.types import Drop, Intent, Miss
 
 if TYPE_CHECKING:
     from penstock.identity import KeyChain
-    from penstock.pool.client import Pool, SpaceHandle
+    from penstock.pool.client import Pool
+    from penstock.pool.handles import PlacedSpace
 
 __all__ = ["Reservation"]
 
@@ -49,7 +50,7 @@ class Reservation:
         self,
         pool: Pool,
         grants: GrantStore,
-        handle: SpaceHandle,
+        handle: PlacedSpace,
         slots: npt.NDArray[np.int64],
         drop: Drop,
         deadline: float,

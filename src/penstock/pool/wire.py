@@ -102,7 +102,7 @@ _requests = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
 
 
-def encode(message: Request | Reply) -> bytes:
+def encode(message: msgspec.Struct) -> bytes:
     """A frame: u32 little-endian length, then msgpack."""
     body = _encoder.encode(message)
     if len(body) > MAX_FRAME:
@@ -111,15 +111,16 @@ def encode(message: Request | Reply) -> bytes:
 
 
 class FrameReader:
-    """Cuts a byte stream into requests. Raises KeeperError at the first thing that is not one."""
+    """Cuts a byte stream into messages. Raises KeeperError at the first thing that is not one."""
 
-    def __init__(self) -> None:
+    def __init__(self, decoder: msgspec.msgpack.Decoder[Any] = _requests) -> None:
         self._buffer = bytearray()
+        self._decoder = decoder
 
-    def feed(self, data: bytes) -> list[Request]:
-        """The requests that are complete now."""
+    def feed(self, data: bytes) -> list[Any]:
+        """The messages that are complete now."""
         self._buffer += data
-        requests = []
+        messages = []
         while len(self._buffer) >= _LENGTH.size:
             (length,) = _LENGTH.unpack_from(self._buffer)
             if length > MAX_FRAME:
@@ -129,10 +130,10 @@ class FrameReader:
             body = bytes(self._buffer[_LENGTH.size : _LENGTH.size + length])
             del self._buffer[: _LENGTH.size + length]
             try:
-                requests.append(_requests.decode(body))
+                messages.append(self._decoder.decode(body))
             except msgspec.DecodeError as error:
-                raise KeeperError(f"not a request: {error}") from error
-        return requests
+                raise KeeperError(f"not a message: {error}") from error
+        return messages
 
 
 def runtime_dir(*, create: bool = False) -> Path:
@@ -148,12 +149,12 @@ def runtime_dir(*, create: bool = False) -> Path:
     return path
 
 
-def socket_path(name: str, *, create: bool = False) -> Path:
+def socket_path(name: str, *, create: bool = False, ending: str = ".sock") -> Path:
     """The control socket of a pool. Raises ConfigError where the path is too long for a socket."""
     folder = runtime_dir(create=create)
-    path = folder / f"{name}.sock"
+    path = folder / f"{name}{ending}"
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
-        path = folder / (hashlib.blake2b(name.encode(), digest_size=8).hexdigest() + ".sock")
+        path = folder / (hashlib.blake2b(name.encode(), digest_size=8).hexdigest() + ending)
     if len(os.fsencode(path)) > _MAX_SOCKET_PATH:
         raise ConfigError(f"{path} is too long for a socket ({_MAX_SOCKET_PATH} bytes); set a shorter XDG_RUNTIME_DIR")
     return path

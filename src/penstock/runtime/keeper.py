@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
@@ -79,6 +80,10 @@ class Keeper:
         self._damaged: set[int] = set()
         self._damaged_again_ms = 0
         self.names: dict[int, str] = {}
+        self.tell: Callable[[Events], None] | None = None
+        """Told of every batch of events that the brain took in."""
+        self.tell_gap: Callable[[], None] | None = None
+        """Told when the brain was rebuilt, because events were missing."""
         self._recover()
 
     # ---- start
@@ -167,6 +172,11 @@ class Keeper:
             self.authority.count(G_RELEARNED, 1)
             log.error("the brain lost track (%s); it is rebuilt from the segment", error)
             self._learn(self.authority.survivors())
+            if self.tell_gap is not None:
+                self.tell_gap()
+            return
+        if self.tell is not None:
+            self.tell(events)
 
     def _learn(self, survivors: Survivors) -> None:
         self.brain.restore(survivors.units, survivors.parents, survivors.classes, survivors.stamps)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from penstock.errors import KeeperRunning
+from penstock.errors import ConfigError, KeeperRunning
 from penstock.pool import layout
 from penstock.pool import segment as segments
 from penstock.pool.cells import peek, poke
@@ -28,6 +28,8 @@ from penstock.pool.wire import socket_path
 from penstock.runtime.guests import Guests
 from penstock.runtime.keeper import Keeper
 from penstock.runtime.latency import take_short_slices
+from penstock.runtime.mover.plan import MoverPlan
+from penstock.runtime.mover_child import MoverChild
 
 __all__ = ["Server"]
 
@@ -50,11 +52,15 @@ class Server:
     segment that cannot be used.
     """
 
-    def __init__(self, name: str, path: Path, geometry: Geometry | None, *, policy: str = "lru") -> None:
-        """Open the segment at `path`, or create it with `geometry` (None: it must be there)."""
+    def __init__(
+        self, name: str, path: Path, geometry: Geometry | None, *, policy: str = "lru", tiers: MoverPlan | None = None
+    ) -> None:
+        """Open the segment at `path`, or create it with `geometry` (None: it must be there). `tiers` lie below it."""
         self.name = segments.check_name(name)
         self.path = path
         self._stopping = False
+        self._failure: ConfigError | None = None
+        self.mover = None if tiers is None else MoverChild(name, tiers)
         with contextlib.ExitStack() as undo:
             # One lock keeps two keepers off one segment, the other off one name; neither file is ever unlinked.
             self._locks = _lock(segments.lock_path(path), f"a keeper serves {path} already")
@@ -74,6 +80,8 @@ class Server:
             self.segment = segments.create(self.path, geometry)
         self.keeper = Keeper(self.segment, self._locks, policy=policy)
         poke(self.keeper.authority.header(layout.H_KEEPER_PID), os.getpid())
+        if self.mover is not None:
+            self.keeper.tell, self.keeper.tell_gap = self.mover.tell, self.mover.gap
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._bell, selectors.EVENT_READ, "bell")
@@ -87,12 +95,17 @@ class Server:
     # ---- the loop
 
     def run(self) -> None:
-        """Serve until stopped, then leave the segment in order for the next keeper."""
+        """Serve until stopped, then leave the segment in order for the next keeper.
+
+        Raises ConfigError, after that, where the tiers turn out to be impossible.
+        """
         take_short_slices()
         with _signals(self.stop):
             while not self._stopping:
                 self._turn()
         self.close()
+        if self._failure is not None:
+            raise self._failure
 
     def stop(self) -> None:
         """Make `run` return after its present turn. Safe in a signal handler and from another thread."""
@@ -118,6 +131,16 @@ class Server:
             self._next_tick = time.monotonic() + TICK_S
             self.keeper.reclaim_dead()
             self.guests.dismiss_silent()
+            self._tend_mover()
+
+    def _tend_mover(self) -> None:
+        if self.mover is None:
+            return
+        try:
+            self.mover.tend()
+        except ConfigError as error:
+            self._failure = error
+            self._stopping = True
 
     def _rest(self) -> tuple[bool, float]:
         """After a step: whether the keeper has announced its sleep, and how long `select` may take."""
@@ -134,6 +157,8 @@ class Server:
 
     def close(self) -> None:
         """Stop serving; the segment stays. Idempotent."""
+        if self.mover is not None:
+            self.mover.stop()
         if self._toucher is not None:
             self._toucher.kill()
             self._toucher.wait()

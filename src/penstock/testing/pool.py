@@ -18,7 +18,8 @@ from penstock.errors import PenstockError
 from penstock.identity import KeyChain, Space, chain_keys
 from penstock.pool import layout
 from penstock.pool.attachment import Attachment, LaneGrant
-from penstock.pool.client import Pool, SpaceHandle
+from penstock.pool.client import Pool
+from penstock.pool.handles import PlacedSpace, SpaceHandle
 from penstock.pool.layout import Geometry, SlotState
 from penstock.pool.lease import Lease
 from penstock.pool.locks import FIRST_LANE_BYTE, ByteLock
@@ -82,7 +83,7 @@ def source(handle: SpaceHandle, keys: KeyChain) -> TensorMap:
 
 
 def target(
-    handle: SpaceHandle, n_blocks: int, segments: Sequence[int] | None = None
+    handle: PlacedSpace, n_blocks: int, segments: Sequence[int] | None = None
 ) -> tuple[npt.NDArray[np.uint8], TensorMap]:
     """An empty engine cache of n blocks with the given segments, (n_blocks, segments x segment_bytes), and its map."""
     chosen = range(handle.n_segments) if segments is None else segments
@@ -90,7 +91,7 @@ def target(
     return memory, _paged(handle, memory, range(len(chosen)))
 
 
-def _paged(handle: SpaceHandle, memory: npt.NDArray[np.uint8], columns: Sequence[int]) -> TensorMap:
+def _paged(handle: PlacedSpace, memory: npt.NDArray[np.uint8], columns: Sequence[int]) -> TensorMap:
     base = memory.ctypes.data + np.asarray(columns, np.int64) * handle.segment_bytes
     return TensorMap(base, np.arange(len(memory), dtype=np.int64), memory.shape[1], keep_alive=memory)
 

@@ -1,0 +1,81 @@
+"""The tiers of one pool as the mover holds them: each with its shelf, its measured speed and its settings."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from penstock.core.speed import SpeedMeter
+from penstock.errors import TierError
+from penstock.runtime.mover.workers import Workers
+from penstock.runtime.shelf import Shelf
+from penstock.tiers.base import BlockSpace
+from penstock.tiers.registry import TierConfig
+
+__all__ = ["Places", "TierPlace"]
+
+Keys = npt.NDArray[np.uint64]
+
+
+@dataclass(slots=True)
+class TierPlace:
+    """One tier. `number` is its bit in the brain's masks, and its place in every list."""
+
+    number: int
+    config: TierConfig
+    shelf: Shelf
+    meter: SpeedMeter
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+    @property
+    def local(self) -> bool:
+        """Whether it can say what it holds without I/O."""
+        return self.shelf.tier.local
+
+    def measured(self) -> SpeedMeter:
+        """The meter, with the latest samples taken in."""
+        with self.lock:
+            for n_bytes, seconds in self.shelf.samples():
+                self.meter.observe(n_bytes, seconds)
+            return self.meter
+
+
+@dataclass(frozen=True, slots=True)
+class Places:
+    """All tiers, the one that is asked first first."""
+
+    tiers: list[TierPlace]
+    workers: Workers
+
+    def usable(self) -> list[TierPlace]:
+        """Those that answer, as far as is known: not down, and not stuck in a call that does not return."""
+        return [tier for tier in self.tiers if tier.shelf.up and not self.workers.stuck(tier.number)]
+
+    def where(self, space: BlockSpace, keys: Keys, deadline: float, without: frozenset[int]) -> npt.NDArray[np.int64]:
+        """(n,): the first tier that holds each block, -1 for none; tiers numbered in `without` are not asked.
+
+        Tiers on other machines are asked only for what no tier here has, from the first such block on.
+        """
+        found = np.full(len(keys), -1, np.int64)
+        usable = [tier for tier in self.usable() if tier.number not in without]
+        for tier in sorted(usable, key=lambda each: not each.local):
+            missing = np.flatnonzero(found < 0)
+            if not len(missing):
+                break
+            try:
+                holds = tier.shelf.holds(space, np.ascontiguousarray(keys[missing]), deadline)
+            except TierError:
+                continue
+            found[missing[holds]] = tier.number
+        return found
+
+    def seconds(self, tier: int, n_bytes: int) -> float:
+        """How long it would take from now to bring this much from a tier, after what already waits for it."""
+        return float(self.tiers[tier].measured().estimate(n_bytes, self.workers.waiting_bytes(tier)))
