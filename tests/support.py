@@ -14,12 +14,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import forkserver, get_context
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,9 +27,13 @@ import numpy.typing as npt
 import penstock
 from penstock import KeyChain, Lease, Space, TensorMap, chain_keys
 from penstock.pool import segment as segments
+from penstock.pool.below import TierLine
 from penstock.pool.layout import Geometry, plan_geometry
 from penstock.pool.wire import Connection as ControlConnection
 from penstock.pool.wire import Json, Query
+
+if TYPE_CHECKING:
+    from penstock.runtime.mover.plan import MoverPlan
 
 MIB = 1 << 20
 # A guard against hangs, not a measure: what takes this long is broken.
@@ -188,14 +192,15 @@ def kill(process: BaseProcess, number: int = signal.SIGKILL) -> None:
 
 
 def serve(
-    name: str, path: str, geometry: Geometry | None, ready: Connection, prepare: Callable[..., None] | None, args: Any
-) -> None:
+    name: str, path: str, geometry: Geometry | None, tiers: MoverPlan | None, ready: Connection,
+    prepare: Callable[..., None] | None, args: Any,
+) -> None:  # fmt: skip
     """A keeper's process: what `penstock serve` runs, with a word to the parent once it serves."""
     from penstock.runtime.serve import Server
 
     if prepare is not None:
         prepare(*args)
-    server = Server(name, Path(path), geometry)
+    server = Server(name, Path(path), geometry, tiers=tiers)
     ready.send("ready")
     server.run()
 
@@ -203,7 +208,13 @@ def serve(
 class Keeper:
     """A pool with a keeper process that can be killed and started again. Removes everything at its end."""
 
-    def __init__(self, geometry: Geometry | None = None, *, name: str = "", path: Path | None = None) -> None:
+    def __init__(
+        self, geometry: Geometry | None = None, *, name: str = "", path: Path | None = None,
+        tiers: Sequence[str] = (), replicas: Sequence[str] = (), tenant_caps: Sequence[str] = (),
+    ) -> None:  # fmt: skip
+        from penstock.runtime.mover.plan import plan_tiers
+
+        self.tiers = plan_tiers(list(tiers), list(replicas), list(tenant_caps))
         self.name = name or unique_name()
         self.path = path or segments.default_path(self.name)
         self.geometry = geometry or small_geometry()
@@ -219,7 +230,7 @@ class Keeper:
         """Start a keeper without waiting for it. `prepare` runs in it first."""
         assert self.process is None
         self._ready, theirs = pipe()
-        self.process = fork(serve, self.name, str(self.path), self.geometry, theirs, prepare, args)
+        self.process = fork(serve, self.name, str(self.path), self.geometry, self.tiers, theirs, prepare, args)
         theirs.close()
 
     def wait_ready(self) -> bool:
@@ -281,6 +292,27 @@ class Keeper:
         report = self.ask("fsck", 1)
         assert report["problems"] == [], report
         return report
+
+    def tier_report(self) -> dict[str, Any]:
+        """What `penstock tiers` shows; waits until the mover answers."""
+        from penstock.errors import KeeperError
+
+        def ask() -> dict[str, Any] | None:
+            line = TierLine(self.name)
+            try:
+                return line.report(PATIENCE_S)
+            except KeeperError:
+                return None
+            finally:
+                line.close()
+
+        report: dict[str, Any] = until(ask, "the mover answers")
+        return report
+
+    def tier(self, name: str) -> dict[str, Any]:
+        """One tier's part of that."""
+        [row] = [row for row in self.tier_report()["tiers"] if row["name"] == name]
+        return dict(row)
 
     def open(self, client: str = "test") -> penstock.Pool:
         return penstock.open(self.name, client=client)

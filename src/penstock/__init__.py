@@ -7,10 +7,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from penstock.types import Drop, Eviction, Intent, Miss
+from penstock.types import Drop, Eviction, FetchEnd, Intent, Miss, Urgency
 
 if TYPE_CHECKING:
     from penstock.identity import Key, KeyChain, Rank, Space, chain_keys
+    from penstock.pool.below import Below, Fetch
     from penstock.pool.client import Pool, SpaceHandle, Stored
     from penstock.pool.lease import Lease
     from penstock.pool.reservation import Reservation
@@ -18,8 +19,11 @@ if TYPE_CHECKING:
     from penstock.runtime.opening import open_pool as open
 
 __all__ = [
+    "Below",
     "Drop",
     "Eviction",
+    "Fetch",
+    "FetchEnd",
     "Intent",
     "Key",
     "KeyChain",
@@ -32,12 +36,15 @@ __all__ = [
     "SpaceHandle",
     "Stored",
     "TensorMap",
+    "Urgency",
     "__version__",
     "chain_keys",
     "open",
 ]
 
 _WHERE = {
+    "Below": "penstock.pool.below",
+    "Fetch": "penstock.pool.below",
     "Key": "penstock.identity",
     "KeyChain": "penstock.identity",
     "Lease": "penstock.pool.lease",

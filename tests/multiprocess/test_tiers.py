@@ -1,0 +1,329 @@
+"""A pool with tiers below it, as processes: keeper, mover and clients are real, and so are the files."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import penstock
+from penstock import Intent, KeyChain, SpaceHandle
+from penstock.types import FetchEnd, Urgency
+from tests.support import (
+    PATIENCE_S,
+    SPACE,
+    Keeper,
+    assert_resident,
+    chain,
+    contents,
+    must_store,
+    read,
+    small_geometry,
+    until,
+    wait_stopped,
+)
+
+FETCH_S = 20.0
+"""Time for a fetch that is to succeed; a guard against hangs."""
+
+
+def disk(path: Path, options: str = "write=through") -> str:
+    return f"disk:{path}?size=64M&slab=1M&{options}"
+
+
+@pytest.fixture
+def keeper(tmp_path: Path) -> Iterator[Keeper]:
+    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk")]) as keeper:
+        yield keeper
+
+
+def on_disk(keeper: Keeper, n: int, tier: str = "disk") -> None:
+    """Wait until a tier has this many blocks."""
+    until(lambda: (keeper.tier(tier)["blocks"] or 0) >= n, f"{n} blocks in {tier}")
+
+
+def replace_pool(keeper: Keeper) -> None:
+    """Restart the pool as after a reboot: nothing is left but what the tiers have."""
+    keeper.stop()
+    keeper.remove()
+    keeper.start()
+    keeper.wait_touched()
+    keeper.tier_report()
+
+
+def fetch(pool: penstock.Pool, handle: SpaceHandle, keys: KeyChain, seconds: float = FETCH_S) -> penstock.FetchEnd:
+    with pool.fetch(handle, keys, seconds) as fetched:
+        return fetched.wait()
+
+
+def test_blocks_survive_the_loss_of_the_pool(keeper: Keeper) -> None:
+    keys = chain(1, blocks=40)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys)
+    on_disk(keeper, 40)
+    replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        with pool.match(handle, keys) as lease:
+            assert len(lease) == 0
+        below = pool.locate(handle, keys, wait_s=PATIENCE_S)
+        assert (below.here, below.n_blocks, [run.tier for run in below.runs]) == (0, 40, ["disk"])
+        assert below.seconds > 0
+        fetched = pool.fetch(handle, keys, FETCH_S)
+        assert fetched.wait() is FetchEnd.DONE
+        assert (fetched.arrived, fetched.moved) == (40, 40)
+        assert_resident(pool, handle, keys)
+        assert pool.locate(handle, keys, wait_s=PATIENCE_S).here == 40
+    keeper.fsck()
+    counters = keeper.tier("disk")["counters"]
+    assert counters["good"] == 40 and counters["damaged"] == 0
+
+
+def test_what_is_there_is_not_moved_again(keeper: Keeper) -> None:
+    keys = chain(2, blocks=20)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        must_store(pool, handle, keys)
+        on_disk(keeper, 20)
+        fetched = pool.fetch(handle, keys, FETCH_S)
+        assert fetched.wait() is FetchEnd.DONE
+        assert (fetched.arrived, fetched.moved) == (20, 0)
+
+
+def test_a_chain_that_no_tier_has_ends_where_it_ends(keeper: Keeper) -> None:
+    keys = chain(3, blocks=30)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys[:12])
+    on_disk(keeper, 12)
+    replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        fetched = pool.fetch(handle, keys, FETCH_S)
+        assert fetched.wait() is FetchEnd.ABSENT
+        assert fetched.arrived == 12
+        assert_resident(pool, handle, keys[:12])
+
+
+def test_a_pool_without_tiers_says_so() -> None:
+    with Keeper(small_geometry()) as keeper, keeper.open() as pool:
+        handle, keys = pool.space(SPACE), chain(4, blocks=3)
+        assert pool.locate(handle, keys).why is FetchEnd.NO_TIERS
+        assert fetch(pool, handle, keys) is FetchEnd.NO_TIERS
+
+
+def test_a_large_chain_comes_in_pieces_through_a_pool_that_evicts(keeper: Keeper) -> None:
+    """More than the pool may hand out at once, into one that is full of other blocks."""
+    keys = chain(5, blocks=1500)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys[:700])
+        must_store(pool, pool.space(SPACE), keys[700:])
+    on_disk(keeper, 1500)
+    replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        for seed in range(4):
+            must_store(pool, handle, chain(100 + seed, blocks=900))
+        assert fetch(pool, handle, keys) is FetchEnd.DONE
+        assert_resident(pool, handle, keys)
+    keeper.fsck()
+
+
+def test_two_fetches_of_one_chain_read_it_once(keeper: Keeper) -> None:
+    keys = chain(6, blocks=600)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys)
+    on_disk(keeper, 600)
+    replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        pair = [pool.fetch(handle, keys, FETCH_S) for _ in range(2)]
+        assert [each.wait() for each in pair] == [FetchEnd.DONE, FetchEnd.DONE]
+        assert sum(each.moved for each in pair) == 600
+        assert_resident(pool, handle, keys)
+
+
+def test_a_mover_that_is_stopped_costs_the_deadline_and_no_more(keeper: Keeper) -> None:
+    keys = chain(7, blocks=50)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys)
+    on_disk(keeper, 50)
+    replace_pool(keeper)
+    mover = keeper.tier_report()["mover"]["pid"]
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        os.kill(mover, signal.SIGSTOP)
+        wait_stopped(mover)
+        try:
+            assert fetch(pool, handle, keys, 0.2) in (FetchEnd.DEADLINE, FetchEnd.BUSY)
+            assert pool.locate(handle, keys, wait_s=0.1).n_blocks == 0
+            must_store(pool, handle, chain(8, blocks=5))
+        finally:
+            os.kill(mover, signal.SIGCONT)
+        assert fetch(pool, handle, keys) is FetchEnd.DONE
+        assert_resident(pool, handle, keys)
+
+
+def test_a_mover_that_dies_is_started_again(keeper: Keeper) -> None:
+    keys = chain(9, blocks=50)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        must_store(pool, handle, keys)
+        on_disk(keeper, 50)
+        os.kill(keeper.tier_report()["mover"]["pid"], signal.SIGKILL)
+        until(lambda: keeper.tier_report()["mover"]["restarts"] == 1, "it is back")
+        more = chain(10, blocks=30)
+        must_store(pool, handle, more)
+        on_disk(keeper, 80)
+        assert_resident(pool, handle, keys)
+    replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        assert [fetch(pool, handle, each) for each in (keys, more)] == [FetchEnd.DONE] * 2
+        assert_resident(pool, handle, more)
+    keeper.fsck()
+
+
+def test_the_mover_ends_with_a_killed_keeper(keeper: Keeper) -> None:
+    mover = keeper.tier_report()["mover"]["pid"]
+    keeper.kill()
+    until(lambda: not Path(f"/proc/{mover}").exists() or _is_zombie(mover), "the mover is gone")
+    keeper.start()
+    assert keeper.tier_report()["mover"]["pid"] != mover
+
+
+def _is_zombie(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z"
+    except OSError:
+        return True
+
+
+def test_damaged_blocks_never_come_back(keeper: Keeper, tmp_path: Path) -> None:
+    keys = chain(11, blocks=30)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys)
+    on_disk(keeper, 30)
+    keeper.stop()
+    keeper.remove()
+    _damage(tmp_path / "disk", contents(keys.array[17:18])[0])
+    keeper.start()
+    keeper.tier_report()
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        fetched = pool.fetch(handle, keys, FETCH_S)
+        assert fetched.wait() is FetchEnd.DAMAGED
+        assert (fetched.arrived, fetched.tier) == (17, "disk")
+        with pool.match(handle, keys) as lease:
+            assert np.array_equal(read(lease, handle), contents(keys.array[:17]))
+        assert fetch(pool, handle, keys) is FetchEnd.ABSENT, "the damaged copy is dropped"
+    assert keeper.tier("disk")["counters"]["damaged"] == 1
+
+
+def _damage(folder: Path, block: np.ndarray) -> None:  # type: ignore[type-arg]
+    """Flip one bit of this block, wherever it lies."""
+    needle = block.tobytes()
+    for path in folder.rglob("*"):
+        if path.is_file() and (at := path.read_bytes().find(needle)) >= 0:
+            with path.open("r+b") as file:
+                file.seek(at + 1000)
+                file.write(bytes([needle[1000] ^ 4]))
+            return
+    raise AssertionError("the block is in no file")
+
+
+def test_a_second_tier_replaces_what_the_first_damaged(tmp_path: Path) -> None:
+    tiers = [disk(tmp_path / name, f"write=through&name={name}") for name in ("one", "two")]
+    keys = chain(12, blocks=30)
+    with Keeper(small_geometry(), tiers=tiers, replicas=["2"]) as keeper:
+        with keeper.open() as pool:
+            must_store(pool, pool.space(SPACE), keys)
+        on_disk(keeper, 30, "one")
+        on_disk(keeper, 30, "two")
+        keeper.stop()
+        keeper.remove()
+        _damage(tmp_path / "one", contents(keys.array[9:10])[0])
+        keeper.start()
+        keeper.tier_report()
+        with keeper.open() as pool:
+            handle = pool.space(SPACE)
+            assert fetch(pool, handle, keys) is FetchEnd.DONE
+            assert_resident(pool, handle, keys)
+        assert keeper.tier("one")["counters"]["damaged"] == 1
+
+
+def test_one_time_blocks_stay_off_a_disk_with_second_use(tmp_path: Path) -> None:
+    used, unused = chain(13, blocks=20), chain(14, blocks=20)
+    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk", "write=second-use")]) as keeper:
+        with keeper.open() as pool:
+            handle = pool.space(SPACE)
+            must_store(pool, handle, unused)
+            must_store(pool, handle, used)
+            assert_resident(pool, handle, used)
+            on_disk(keeper, 20)
+        replace_pool(keeper)
+        with keeper.open() as pool:
+            handle = pool.space(SPACE)
+            assert fetch(pool, handle, unused) is FetchEnd.ABSENT
+            assert fetch(pool, handle, used) is FetchEnd.DONE
+
+
+def test_a_pool_that_overflows_leaves_its_blocks_below(tmp_path: Path) -> None:
+    """Written on eviction: everything that was ever stored is in the pool or below it."""
+    chains = [chain(20 + seed, blocks=400) for seed in range(20)]
+    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk", "write=eviction")]) as keeper, keeper.open() as pool:
+        handle = pool.space(SPACE)
+        for keys in chains:
+            must_store(pool, handle, keys)
+            until(lambda: keeper.tier_report()["orders"]["in_flight"] == 0, "what was to be written is written")
+        for keys in chains:
+            assert fetch(pool, handle, keys) is FetchEnd.DONE
+            assert_resident(pool, handle, keys)
+
+
+def test_a_prefetch_goes_on_without_its_owner(keeper: Keeper) -> None:
+    keys = chain(15, blocks=100)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys)
+    on_disk(keeper, 100)
+    replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        pool.fetch(handle, keys, FETCH_S, urgency=Urgency.PREFETCH, intent=Intent(session="s", tenant="t"))
+        until(lambda: pool.resident(handle, keys.array).all(), "it came")
+
+
+def test_a_plan_that_cannot_work_ends_the_keeper_with_a_reason(tmp_path: Path) -> None:
+    keeper = Keeper(small_geometry(), tiers=[f"disk:{tmp_path}?szie=64M&write=through"])
+    try:
+        keeper.start()
+        assert keeper.process is not None
+        keeper.process.join(PATIENCE_S)
+        assert keeper.process.exitcode not in (0, None)
+    finally:
+        if keeper.process is not None:
+            keeper.process.close()
+            keeper.process = None
+        keeper.remove()
+
+
+def test_nothing_is_held_when_all_is_done(keeper: Keeper) -> None:
+    keys = chain(16, blocks=200)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys)
+    on_disk(keeper, 200)
+    replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        fetched = pool.fetch(handle, keys, FETCH_S)
+        fetched.cancel()
+        assert fetch(pool, handle, keys) is FetchEnd.DONE
+
+    def idle() -> bool:
+        clients = {row["name"]: row for row in keeper.stat()["clients"]}
+        return bool(clients["mover"]["leases"] == 0 and clients["mover"]["grants"] == 0)
+
+    until(idle, "the mover gave everything back")
