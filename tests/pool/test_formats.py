@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 
 from penstock.pool import layout
+from penstock.pool.below import Fetch
 from penstock.pool.client import Pool
 from penstock.pool.lease import Lease
 from penstock.pool.removals import Removals
 from penstock.pool.reservation import Reservation
 from penstock.runtime.opening import open_pool
-from penstock.types import Drop, Eviction, Miss
+from penstock.types import Drop, Eviction, FetchEnd, Miss
 
 TEXT = (Path(__file__).parents[2] / "docs" / "formats.md").read_text()
 ROWS = re.findall(r"^\| (\d+) \| `([HSBRLC]_[A-Z_]+)` \|", TEXT, re.MULTILINE)
@@ -60,6 +61,10 @@ def test_reasons() -> None:
         assert {row[column]: int(row[0]) for row in rows if row[column]} == {why.name: int(why) for why in reasons}
 
 
+def test_ends_of_fetches() -> None:
+    assert all(f"{int(end)} `{end.name}`" in TEXT for end in FetchEnd)
+
+
 def _signature(owner: type, name: str) -> str:
     text = _plain(getattr(owner, name)).replace("npt.", "").replace("numpy.", "")
     return f"{owner.__name__}.{name}{text.replace('(self, ', '(').replace('(self)', '()')}"
@@ -72,7 +77,7 @@ def _plain(function: Callable[..., object]) -> str:
 
 def test_client_api() -> None:
     documented = set(TEXT.rsplit("```text\n", 1)[1].split("\n```")[0].split("\n"))
-    owners = {"Pool": Pool, "Lease": Lease, "Reservation": Reservation, "Removals": Removals}
+    owners = {"Pool": Pool, "Fetch": Fetch, "Lease": Lease, "Reservation": Reservation, "Removals": Removals}
     actual = {"open" + _plain(open_pool)}
     for line in documented:
         owner, _, rest = line.partition(".")

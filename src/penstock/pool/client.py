@@ -224,13 +224,16 @@ class Pool:
     # ---- writing
 
     def reserve(
-        self, handle: PlacedSpace, n: int, wait_s: float = 0.0, *, give_up: Callable[[], bool] | None = None
+        self, handle: SpaceHandle, n: int, wait_s: float = 0.0, *, give_up: Callable[[], bool] | None = None
     ) -> Reservation:
         """Up to n slots to fill, waiting at most `wait_s` seconds for the keeper to make room. The wait ends about 20
         ms after `give_up` says so.
 
         Never raises for want of room: the reservation is shorter, its `drop` says why, and the difference is counted.
         """
+        return self._reserve(handle, n, wait_s, give_up)
+
+    def _reserve(self, handle: PlacedSpace, n: int, wait_s: float, give_up: Callable[[], bool] | None) -> Reservation:
         grants, deadline = self._grants, time.monotonic() + wait_s
         at = grants.at
         if n < 0:

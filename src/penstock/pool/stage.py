@@ -158,7 +158,7 @@ class Stage:
         self, space: PlacedSpace, n: int, wait_s: float, give_up: Callable[[], bool] | None = None
     ) -> Reservation:
         """As `Pool.reserve`."""
-        return self.pool.reserve(space, n, wait_s, give_up=give_up)
+        return self.pool._reserve(space, n, wait_s, give_up)
 
     def places(self, reservation: Reservation) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Addresses of the reserved slots' payloads and checksum tables, to be filled by the caller."""
