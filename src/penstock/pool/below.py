@@ -77,6 +77,8 @@ class TierLine:
         self._lock = threading.Lock()
         self._absent_until = 0.0
         self._closed = False
+        self.present = False
+        """Whether a mover answered when it was last asked for."""
 
     def locate(self, uuid: bytes, space: int, keys: npt.NDArray[np.uint64], wait_s: float) -> Below:
         """Ask where blocks are; waits at most about `wait_s`."""
@@ -112,6 +114,14 @@ class TierLine:
         except OSError:
             return Fetch(self, None, deadline, FetchEnd.NO_TIERS)
         return Fetch(self, connection, deadline, FetchEnd.DEADLINE)
+
+    def look(self) -> bool:
+        """Whether there is a mover now; a system call or two."""
+        try:
+            self.keep(self._connect(time.monotonic() + _SEND_S))
+        except OSError:
+            return False
+        return True
 
     def report(self, wait_s: float) -> dict[str, Any]:
         """What `penstock tiers` shows. Raises KeeperError where no mover answers."""
@@ -176,8 +186,9 @@ class TierLine:
         except OSError as error:
             connection.close()
             if not isinstance(error, TimeoutError):
-                self._absent_until = now + _ABSENT_FOR_S
+                self._absent_until, self.present = now + _ABSENT_FOR_S, False
             raise
+        self.present = True
         return connection
 
     def keep(self, connection: socket.socket) -> None:

@@ -113,7 +113,7 @@ def test_let_go_after_a_bounded_age(house: House) -> None:
     assert engine.half._tracked[name].lookup is standing
     # Nobody asks for it any more, as when the engine is paused.
     now += 2
-    engine.half.orders([], lambda name: [], [])
+    engine.half.orders({}, lambda name: [], [])
     assert leases(engine) == 0
     engine.step()
     assert engine.half._tracked[name].lookup is not standing

@@ -5,6 +5,12 @@
 
 from __future__ import annotations
 
-from penstock.connectors.transformers.connector import Connector, GenerationResult, Loaded, RequestOptions
+from penstock.connectors.transformers.connector import (
+    Connector,
+    FetchMode,
+    GenerationResult,
+    Loaded,
+    RequestOptions,
+)
 
-__all__ = ["Connector", "GenerationResult", "Loaded", "RequestOptions"]
+__all__ = ["Connector", "FetchMode", "GenerationResult", "Loaded", "RequestOptions"]

@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from penstock import Intent, Lease, Miss, Pool, SpaceHandle, chain_keys
+from penstock import Intent, KeyChain, Lease, Miss, Pool, SpaceHandle, chain_keys
+from penstock.connectors.below import Bringer, FetchMode
 from penstock.connectors.counters import Counters
 from penstock.connectors.transformers.attachment import Attachment
 from penstock.connectors.transformers.cache import KvShape, ReservedCache, snapshot_of
@@ -35,7 +36,7 @@ from penstock.connectors.transformers.support import check_mode, inspect_model, 
 from penstock.errors import ConfigError, Refused
 from penstock.identity import Space
 
-__all__ = ["Connector", "GenerationResult", "Loaded", "RequestOptions"]
+__all__ = ["Connector", "FetchMode", "GenerationResult", "Loaded", "RequestOptions"]
 
 _log = logging.getLogger("penstock.connector")
 
@@ -59,6 +60,8 @@ class RequestOptions:
     """Leave nothing in the pool."""
     min_hit_tokens: int = 0
     """A shorter hit is not loaded."""
+    fetch: FetchMode = FetchMode.AUTO
+    """What to do about blocks that lie in a tier below the pool."""
     intent: Intent | None = None
 
 
@@ -108,10 +111,12 @@ class Connector:
         label: str = "",
         max_saving: int = 8,
         save_wait_s: float = 0.05,
+        fetch_deadline_s: float = 10.0,
     ) -> None:
         """`tenant`, `epoch` and `checkpoint` as in `Space` and `SpaceSource`. At most `max_saving` requests
         wait for their blocks to be stored (each keeps its cache in memory), and storing waits at most
-        `save_wait_s` for room, off the request's path."""
+        `save_wait_s` for room, off the request's path. A request waits at most `fetch_deadline_s` for blocks from
+        a tier below the pool, and no longer than computing them is expected to take."""
         self._model = model
         self._shape = inspect_model(model)
         _check_block(block_tokens, self._shape)
@@ -122,6 +127,7 @@ class Connector:
         self._spaces = SpaceSource(
             model, self._shape, block_tokens=block_tokens, tenant=tenant, epoch=epoch, checkpoint=checkpoint
         )
+        self._bringer = Bringer(self._counters, fetch_deadline_s)
         self._attachment = Attachment(pool, name, self._counters)
         self._saver = Saver(self._counters, max_requests=max_saving, wait_s=save_wait_s)
         self._attachment.prepare(self._spaces.current(), self._label)
@@ -158,6 +164,7 @@ class Connector:
         tokens = _one_request(input_ids)
         check_generation(self._model, len(tokens), max_new_tokens, self._max_positions, generate_kwargs)
         loaded, job = self._load(tokens, len(tokens) + max_new_tokens, options)
+        filled = time.perf_counter()
         watch = Watch(len(tokens), lambda ids: self._watched(job, loaded.cache, ids))
         prompt = torch.tensor([tokens])
         output = self._model.generate(
@@ -167,6 +174,7 @@ class Connector:
             **fresh_kwargs(prompt, watch, generate_kwargs),
         )
         ended = time.perf_counter()
+        self._bringer.computed(len(tokens) - loaded.hit_tokens, loaded.hit_tokens, (watch.first_s or ended) - filled)
         result = GenerationResult(
             tokens=output[0, len(tokens) :].tolist(),
             prompt_tokens=len(tokens),
@@ -271,7 +279,10 @@ class Connector:
         # The last token is always computed: its logits are what the first new token is drawn from.
         keys = chain_keys(handle.space, tokens[: len(tokens) - 1])
         try:
-            with pool.match(handle, keys, intent=options.intent) as lease:
+            lease = pool.match(handle, keys, intent=options.intent)
+            if len(lease) < len(keys) and lease.miss is Miss.ABSENT:
+                lease = self._bring(pool, handle, keys, lease, len(tokens), options)
+            with lease:
                 if len(lease) * self._block_tokens < options.min_hit_tokens:
                     return 0, Miss.SKIPPED
                 n_blocks, miss = self._gather(cache, lease)
@@ -281,6 +292,16 @@ class Connector:
             return 0, miss
         cache.show(n_blocks * self._block_tokens)
         return n_blocks, miss
+
+    def _bring(
+        self, pool: Pool, handle: SpaceHandle, keys: KeyChain, lease: Lease, n_tokens: int, options: RequestOptions
+    ) -> Lease:
+        """The same lease, or a longer one after blocks came from below. What is leased stays so meanwhile."""
+        n_blocks = self._bringer.bring(pool, handle, keys, n_tokens, intent=options.intent, mode=options.fetch)
+        if n_blocks <= len(lease):
+            return lease
+        with lease:
+            return pool.match(handle, keys, intent=options.intent)
 
     def _gather(self, cache: ReservedCache, lease: Lease) -> tuple[int, Miss]:
         """A short copy leaves garbage behind the blocks that are good; it is never shown."""

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import msgspec
 
+from penstock.connectors.below import FetchMode
 from penstock.errors import ConfigError
 
 __all__ = ["ConnectorConfig", "read_config"]
@@ -30,6 +31,11 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """A load that has not ended by then counts as failed, and its tokens are computed."""
     save_wait_s: Annotated[float, msgspec.Meta(ge=0, le=60)] = 1.0
     """How long storing a batch of blocks may wait for room in the pool, off the engine's thread."""
+    fetch: FetchMode = FetchMode.AUTO
+    """What to do about blocks that lie in a tier below the pool: "auto" fetches what is expected to be faster to fetch
+    than to compute, "always", "never"."""
+    fetch_deadline_s: Seconds = 10.0
+    """A request waits no longer than this for blocks from below."""
     lease_age_s: Seconds = 30.0
     """A lookup that was not used is let go after this long."""
     trust_item_hashes: bool = False
@@ -51,7 +57,7 @@ def read_config(extra: Mapping[str, Any]) -> ConnectorConfig:
         config = msgspec.convert(dict(extra), ConnectorConfig)
     except msgspec.ValidationError as error:
         raise ConfigError(f"kv_connector_extra_config: {error}") from error
-    for name in ("sync_load_ms", "load_deadline_s", "save_wait_s", "lease_age_s"):
+    for name in ("sync_load_ms", "load_deadline_s", "fetch_deadline_s", "save_wait_s", "lease_age_s"):
         if not math.isfinite(getattr(config, name)):
             raise ConfigError(f"kv_connector_extra_config: {name} must be a finite number")
     return config

@@ -83,7 +83,11 @@ class Orders(KVConnectorMetadata):
     variants: list[Variant] = field(default_factory=list)
     """Seen for the first time: have the keeper number their spaces, before there is something to store."""
     waiting: bool = False
-    """A request waits for blocks that another engine is storing."""
+    """A request waits for blocks: another engine is storing them, or they come from below the pool."""
+    n_tokens: int = 0
+    """Tokens that the step computes."""
+    n_before: int = 0
+    """Tokens before those of the request that computes most of them."""
 
 
 @dataclass(slots=True)
@@ -101,6 +105,8 @@ class Report(KVConnectorWorkerMetadata):
     bytes_per_s: float = 0.0
     """The slowest rank's copying speed as measured so far (0: not yet)."""
     failed_loads: int = 0
+    computed: tuple[int, int, float] | None = None
+    """A long step: tokens computed, tokens before them, seconds."""
 
     def aggregate(self, other: KVConnectorWorkerMetadata) -> Report:
         """Both together."""
@@ -114,6 +120,7 @@ class Report(KVConnectorWorkerMetadata):
             pools=self.pools | other.pools,
             bytes_per_s=min(speeds, default=0.0),
             failed_loads=self.failed_loads + other.failed_loads,
+            computed=self.computed or other.computed,
         )
 
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock import Intent, KeyChain, Lease, Miss, Space
+from penstock.connectors.vllm.fetches import Fetching
 from penstock.connectors.vllm.messages import RankId, Variant
 
 __all__ = ["Lookup", "Tracked", "chain_extras", "left_alone"]
@@ -56,6 +57,9 @@ class Tracked:
     """Tokens that are in the chains."""
     lookup: Lookup | None = None
     wait_until_s: float | None = None
+    fetching: Fetching | None = None
+    """Blocks on their way from below the pool, or that came."""
+    may_fetch: bool = True
     loading: int = 0
     """Number of the load in flight, 0 for none."""
     beside: bool = False

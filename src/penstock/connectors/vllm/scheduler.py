@@ -18,9 +18,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from penstock import Miss
+from penstock.connectors.below import Bringer
 from penstock.connectors.counters import Counters
 from penstock.connectors.vllm.config import ConnectorConfig
 from penstock.connectors.vllm.events import PoolEvents
+from penstock.connectors.vllm.fetches import Fetches
 from penstock.connectors.vllm.intent import read_request
 from penstock.connectors.vllm.messages import LoadOrder, Orders, RankHello, RankId, Report, Variant
 from penstock.connectors.vllm.plans import SavePlans
@@ -86,6 +88,8 @@ class SchedulerHalf:
         self._left: list[list[int]] = []
         """Pages of requests that ended while their last step ran: what it computed is in the prefix cache."""
         self._speed = 0.0
+        self._bringer = Bringer(counters, config.fetch_deadline_s)
+        self._fetches = Fetches(self._bringer, counters, config.fetch)
         self._cache_manager: Any = None
 
     # ---- start
@@ -149,9 +153,13 @@ class SchedulerHalf:
             tracked.may_save = False
         if not tracked.may_load or tracked.loading or request.skip_reading_prefix_cache:
             return 0, False
+        if self._fetch_runs(tracked):
+            return None, False
         lookup = self._lookup(tracked, n_computed // self._block)
         if lookup is None:
             return 0, False
+        if lookup.miss is Miss.ABSENT and self._fetch_starts(tracked, lookup):
+            return None, False
         if lookup.miss is Miss.ABSENT and self._may_wait(tracked):
             self._drop_lookup(tracked)
             self._orders.waiting = True
@@ -165,6 +173,32 @@ class SchedulerHalf:
             self._drop_lookup(tracked)
             return 0, False
         return n_tokens, self._beside(tracked.variant, lookup)
+
+    def _fetch_starts(self, tracked: Tracked, lookup: Lookup) -> bool:
+        """Whether blocks of this request are brought from below the pool now: once for each request."""
+        handles = self._ranks.handles(tracked.variant)
+        if not tracked.may_fetch or isinstance(handles, Miss):
+            return False
+        tracked.may_fetch = False
+        pool, of_rank = handles
+        # The last token is always computed: a block that ends with it is of no use.
+        n_blocks = (tracked.request.num_tokens - 1) // self._block
+        if n_blocks <= lookup.first_block + lookup.n_blocks:
+            return False
+        wanted = {handle: tracked.chains[rank][:n_blocks] for rank, handle in of_rank.items()}
+        tracked.fetching = self._fetches.start(pool, wanted, tracked.request.num_tokens, tracked.intent)
+        return self._fetch_runs(tracked)
+
+    def _fetch_runs(self, tracked: Tracked) -> bool:
+        """Whether the request still waits for blocks from below. When they came, it is looked up anew."""
+        if tracked.fetching is None:
+            return False
+        if not tracked.fetching.over.is_set():
+            self._orders.waiting = True
+            return True
+        tracked.fetching = None
+        self._drop_lookup(tracked)
+        return False
 
     def _may_wait(self, tracked: Tracked) -> bool:
         if tracked.wait_until_s is None:
@@ -250,14 +284,17 @@ class SchedulerHalf:
     # ---- saves
 
     def orders(
-        self, scheduled: Iterable[str], pages_of: Callable[[str], list[int]], preempted: Iterable[str]
+        self, scheduled: Mapping[str, int], pages_of: Callable[[str], list[int]], preempted: Iterable[str]
     ) -> Orders:
         """What the workers are to do in this step; the scheduler has just made it.
 
-        `scheduled` are the requests in it, `pages_of` gives a request's pages, `preempted` lost theirs since the last
+        `scheduled` are the requests in it with their numbers of tokens, `pages_of` gives a request's pages, `preempted` lost theirs since the last
         step.
         """
         orders, self._orders = self._orders, Orders()
+        orders.n_tokens = sum(scheduled.values())
+        longest = self._tracked.get(max(scheduled, key=scheduled.__getitem__, default=""))
+        orders.n_before = 0 if longest is None else longest.request.num_computed_tokens
         for name in preempted:
             # Also one that ended since: its pages are given away, and its saves may still be under way.
             orders.preempted.append(name)
@@ -289,6 +326,8 @@ class SchedulerHalf:
         if report is not None:
             self._ranks.attached(report.pools)
             self._speed = report.bytes_per_s or self._speed
+            if report.computed is not None:
+                self._bringer.computed(*report.computed)
             for number, n_ranks in report.loaded.items():
                 if self._all_ranks(number, n_ranks):
                     self._load_ended(number)
@@ -342,6 +381,8 @@ class SchedulerHalf:
         if tracked is None:
             return False
         self._drop_lookup(tracked)
+        if tracked.fetching is not None:
+            tracked.fetching.off.set()
         if request.num_in_flight_tokens:
             self._left.append(pages)
         if tracked.admitted < self._step - 1 or not request.num_in_flight_tokens:
@@ -412,6 +453,7 @@ class SchedulerHalf:
             self._drop_lookup(tracked)
         for _, lookup in self._loads.values():
             lookup.release()
+        self._fetches.close()
         self._tie.close()
 
 
