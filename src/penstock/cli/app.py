@@ -158,14 +158,22 @@ bench = typer.Typer(help="Measure this machine against the targets.", no_args_is
 app.add_typer(bench, name="bench")
 
 
-@bench.command(name="pool")
-def bench_pool(
-    json: AsJson = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Write the JSON to this file too.")] = None,
-    only: Annotated[str | None, typer.Option("--only", help="Run only the group that measures NAME.")] = None,
-    scale: Annotated[str, typer.Option("--scale", hidden=True, help="full; tiny shows that all runs.")] = "full",
-) -> None:
-    """Measure the pool: matches, copies, commits, keys, brain. Takes about five minutes and 8 GiB of memory."""
-    from penstock.cli.bench import pool as run
+Out = Annotated[Path | None, typer.Option("--out", help="Write the JSON to this file too.")]
+Only = Annotated[str | None, typer.Option("--only", help="Run only the group that measures NAME.")]
+Scale = Annotated[str, typer.Option("--scale", hidden=True, help="full; tiny shows that all runs.")]
 
-    run(json, out, only, scale)
+
+@bench.command(name="pool")
+def bench_pool(json: AsJson = False, out: Out = None, only: Only = None, scale: Scale = "full") -> None:
+    """Measure the pool: matches, copies, commits, keys, brain. Takes about five minutes and 8 GiB of memory."""
+    from penstock.cli.bench import bench as run
+
+    run("pool", json, out, only, scale)
+
+
+@bench.command(name="tiers")
+def bench_tiers(json: AsJson = False, out: Out = None, only: Only = None, scale: Scale = "full") -> None:
+    """Measure the tiers: disk, stores, checksums, fetch or recompute, restart. About ten minutes, 12 GiB of disk."""
+    from penstock.cli.bench import bench as run
+
+    run("tiers", json, out, only, scale)

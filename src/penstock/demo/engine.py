@@ -31,7 +31,7 @@ class Engine:
         self._model = load_model(model_id)
         self._pool = penstock.open(pool_name, client=f"demo-engine-{os.getpid()}")
         # The demo must not lose a block to a busy machine: it lets saving wait longer than a server would.
-        self._dropped = 0
+        self._dropped = self._fetched = 0
         self._connector = Connector(self._model, self._pool, label="demo", save_wait_s=10.0)
 
     def facts(self) -> dict[str, Any]:
@@ -56,6 +56,7 @@ class Engine:
             "miss": result.miss.name.lower(),
             "ttft_s": result.ttft_s,
             "stored": stored,
+            "fetched_blocks": self._newly_fetched(),
         }
 
     def _newly_dropped(self) -> int:
@@ -63,6 +64,12 @@ class Engine:
         dropped = sum(n for name, n in self._connector.counters().items() if name.startswith("save_dropped"))
         before, self._dropped = self._dropped, dropped
         return dropped - before
+
+    def _newly_fetched(self) -> int:
+        """Blocks that came from below the pool since this was last asked."""
+        fetched = self._connector.counters().get("fetch.blocks", 0)
+        before, self._fetched = self._fetched, fetched
+        return fetched - before
 
     def compare(self, prompt: list[int], reference: list[int], candidate: list[int]) -> dict[str, Any]:
         """The equality rule of `penstock.connectors.equality`."""

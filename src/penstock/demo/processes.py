@@ -11,6 +11,8 @@ import time
 from typing import Any, Self
 
 from penstock.errors import KeeperError, NoKeeper
+from penstock.pool import segment as segments
+from penstock.pool.below import TierLine
 from penstock.pool.wire import Connection, Query
 
 __all__ = ["EngineProcess", "KeeperProcess"]
@@ -21,8 +23,9 @@ START_TIMEOUT_S = 120.0
 class KeeperProcess:
     """`penstock serve` as a child."""
 
-    def __init__(self, name: str, size: str, log: Any) -> None:
-        self._command = [sys.executable, "-m", "penstock", "serve", "--name", name, "--size", size]
+    def __init__(self, name: str, size: str, log: Any, tier: str) -> None:
+        """`tier` is the address of what lies below the pool."""
+        self._command = [sys.executable, "-m", "penstock", "serve", "--name", name, "--size", size, "--tier", tier]
         self._name = name
         self._log = log
         self._process = self._start()
@@ -51,6 +54,44 @@ class KeeperProcess:
         finally:
             connection.close()
         return reply.body  # type: ignore[union-attr]
+
+    def tiers(self) -> dict[str, Any]:
+        """What `penstock tiers` shows."""
+        line = TierLine(self._name)
+        try:
+            return line.report(START_TIMEOUT_S)
+        finally:
+            line.close()
+
+    def wait_written(self) -> bool:
+        """Wait until everything that is to be in the tier is there. False if that takes too long."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while time.monotonic() < deadline:
+            orders = self.tiers()["orders"]
+            if not orders["waiting"] and not orders["in_flight"]:
+                return True
+            time.sleep(0.05)
+        return False
+
+    def wait_mover(self) -> None:
+        """Wait until what moves blocks answers. Raises KeeperError if it does not."""
+        deadline = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                self.tiers()
+                return
+            except KeeperError:
+                if time.monotonic() > deadline:
+                    raise
+                time.sleep(0.05)
+
+    def lose_pool(self) -> None:
+        """End it in an orderly way and delete its segment, as a reboot does."""
+        self.stop()
+        path = segments.default_path(self._name)
+        path.unlink()
+        self.restart()
+        self.wait_mover()
 
     def kill(self) -> None:
         """SIGKILL, as if it had crashed."""

@@ -19,7 +19,14 @@ from penstock.pool import segment as segments
 __all__ = ["PHASES", "Outcome", "Result", "Settings", "run_demo"]
 
 # Where a request's prefix came from, in the order of the table.
-PHASES = ("first time seen", "seen by the same process", "seen by the other process", "keeper dead", "keeper restarted")
+PHASES = (
+    "first time seen",
+    "seen by the same process",
+    "seen by the other process",
+    "keeper dead",
+    "keeper restarted",
+    "back from disk",
+)
 KEEPER_BACK_S = 30.0
 
 
@@ -53,6 +60,8 @@ class Outcome:
     miss: str
     ttft_s: float
     ttft_alone_s: float
+    fetched_blocks: int = 0
+    """Blocks that came from the disk for it."""
 
 
 @dataclass(slots=True)
@@ -94,7 +103,9 @@ def run_demo(settings: Settings, progress: Callable[[str, int, int], None]) -> R
         logs = Path(cleanup.enter_context(tempfile.TemporaryDirectory(prefix="penstock-demo-")))
         cleanup.callback(_remove_segment, name)
         progress("starting the keeper", 0, 1)
-        keeper = KeeperProcess(name, settings.size, cleanup.enter_context((logs / "keeper.log").open("w")))
+        disk = cleanup.enter_context(tempfile.TemporaryDirectory(prefix="penstock-demo-disk-"))
+        tier = f"disk:{disk}?size={settings.size}&write=through"
+        keeper = KeeperProcess(name, settings.size, cleanup.enter_context((logs / "keeper.log").open("w")), tier)
         cleanup.callback(keeper.stop)
         engines: list[AnyEngine] = []
         start = _starter(settings, name)
@@ -139,11 +150,11 @@ def _converse(
         settings.n_conversations, settings.n_turns,
     )  # fmt: skip
     expectation = Expectation(facts["block_tokens"])
-    total = story.n_requests
+    total = story.n_requests + settings.n_conversations
     for engine in engines:  # the first long prompt is slow for reasons of the model's own
         engine.ask("generate", tokens=story.longest()[::-1], new_tokens=2, alone=True, session="warm-up")
-    kill_at = total // 2
-    restart_at = min(kill_at + 2, total - 1)
+    kill_at = story.n_requests // 2
+    restart_at = min(kill_at + 2, story.n_requests - 1)
     for done, turn in enumerate(story.turns()):
         progress(f"conversation {turn.conversation}, turn {turn.number + 1}, engine {'AB'[turn.engine]}", done, total)
         if done == kill_at:
@@ -157,9 +168,35 @@ def _converse(
             new_tokens=settings.new_tokens, pool_first=done % 2 == 0,
         )  # fmt: skip
         story.answered(turn, answer)
+    _check_keeper(keeper, result)
+    progress("the pool is deleted; the conversations are on disk", story.n_requests, total)
+    _lose_pool(keeper, engines, result)
+    for done, turn in enumerate(story.again(), story.n_requests):
+        progress(f"conversation {turn.conversation} again, engine {'AB'[turn.engine]}", done, total)
+        _one_turn(
+            turn, engines[turn.engine], expectation, "back from disk", result,
+            new_tokens=settings.new_tokens, pool_first=done % 2 == 0,
+        )  # fmt: skip
     progress("done", total, total)
     _check_keeper(keeper, result)
+    _check_disk(keeper, result)
     return result
+
+
+def _lose_pool(keeper: KeeperProcess, engines: list[AnyEngine], result: Result) -> None:
+    """Restart the whole pool with nothing in it but what the disk has."""
+    if not keeper.wait_written():
+        result.problems.append("the disk did not get everything in time")
+    keeper.lose_pool()
+    _expect_return(engines, result)
+
+
+def _check_disk(keeper: KeeperProcess, result: Result) -> None:
+    if not any(one.fetched_blocks for one in result.outcomes):
+        result.problems.append("no block came back from disk")
+    for tier in keeper.tiers()["tiers"]:
+        if tier["counters"].get("damaged"):
+            result.problems.append(f"{tier['counters']['damaged']} damaged blocks on disk")
 
 
 def _expect_return(engines: list[AnyEngine], result: Result) -> None:
@@ -192,6 +229,7 @@ def _one_turn(
     outcome = Outcome(
         turn.conversation, turn.number, engine.label, _phase(expected, owner, turn.engine, state),
         len(turn.prompt), pooled["hit_tokens"], expected, pooled["miss"], pooled["ttft_s"], alone_answer["ttft_s"],
+        pooled.get("fetched_blocks", 0),
     )  # fmt: skip
     result.outcomes.append(outcome)
     where = f"conversation {turn.conversation}, turn {turn.number + 1}, engine {engine.label}"

@@ -61,6 +61,11 @@ class Story:
             # An odd number of conversations alternates by itself; an even one would give each to one engine.
             count += len(self._history) % 2 == 0
 
+    def again(self) -> Iterator[Turn]:
+        """Every conversation once more as it stands, in turns to the two engines."""
+        for count, (name, history) in enumerate(self._history.items()):
+            yield Turn(name, self.n_turns, count % 2, list(history))
+
     def longest(self) -> list[int]:
         """The longest of the first prompts."""
         return max(self._history.values(), key=len)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass
 from importlib import import_module
 
 from penstock.bench.report import Goal, Result
 from penstock.errors import ConfigError
 
-__all__ = ["FULL", "GROUPS", "SCALES", "TINY", "Group", "Scale", "goals", "measure", "select"]
+__all__ = ["FULL", "GROUPS", "SCALES", "TINY", "Group", "Scale", "goals", "measure", "print_group", "select"]
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
@@ -95,23 +98,31 @@ GROUPS = {
 }
 
 
-def goals() -> list[Goal]:
+def goals(groups: Mapping[str, Group] = GROUPS) -> list[Goal]:
     """Every goal, in the order of the table."""
-    return [goal for group in GROUPS.values() for goal in group.goals]
+    return [goal for group in groups.values() for goal in group.goals]
 
 
-def select(only: str | None) -> dict[str, Group]:
+def select(only: str | None, groups: Mapping[str, Group] = GROUPS) -> dict[str, Group]:
     """The groups to run: all, or the one that is called `only` or measures it. Raises ConfigError for neither."""
     if only is None:
-        return GROUPS
-    found = {name: group for name, group in GROUPS.items() if only in (name, *(goal.name for goal in group.goals))}
+        return dict(groups)
+    found = {name: group for name, group in groups.items() if only in (name, *(goal.name for goal in group.goals))}
     if not found:
-        raise ConfigError(f"no bench is called {only!r}; there are: {', '.join(goal.name for goal in goals())}")
+        raise ConfigError(f"no bench is called {only!r}; there are: {', '.join(goal.name for goal in goals(groups))}")
     return found
 
 
-def measure(name: str, scale: Scale) -> Iterator[Result]:
+def measure(group: Group, scale: Scale, package: str = "penstock.bench.pool") -> Iterator[Result]:
     """Run a group in this process. Results come as they are measured."""
-    group = GROUPS[name]
-    run: Callable[[Group, Scale], Iterator[Result]] = import_module(f"penstock.bench.pool.{group.module}").run
+    run: Callable[[Group, Scale], Iterator[Result]] = import_module(f"{package}.{group.module}").run
     yield from run(group, scale)
+
+
+def print_group(groups: Mapping[str, Group], package: str, name: str, scale: str) -> None:
+    """One group in a process of its own: prints a line of JSON for each result."""
+    # A runtime folder of its own: a bench's pools are not seen among the user's, and leave nothing behind.
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as folder:
+        os.environ["XDG_RUNTIME_DIR"] = folder
+        for result in measure(groups[name], SCALES[scale], package):
+            print(json.dumps(asdict(result)), flush=True)

@@ -18,20 +18,22 @@ __all__ = ["run_group", "run_groups"]
 _SAID = 300
 
 
-def run_groups(groups: dict[str, Group], scale: Scale, began: Callable[[str], None]) -> list[Result]:
-    """All results of these groups, in order; `began` is told the name of each as it starts."""
+def run_groups(
+    groups: dict[str, Group], scale: Scale, began: Callable[[str], None], package: str = "penstock.bench.pool"
+) -> list[Result]:
+    """All results of these groups of a package of benches, in order; `began` is told the name of each as it starts."""
     results = []
     for name, group in groups.items():
         began(name)
-        results += run_group(name, group, scale)
+        results += run_group(name, group, scale, package)
     return results
 
 
-def run_group(name: str, group: Group, scale: Scale) -> list[Result]:
+def run_group(name: str, group: Group, scale: Scale, package: str = "penstock.bench.pool") -> list[Result]:
     """One result for each of the group's goals; those that were not measured say why. Raises nothing for a failure."""
     # A session of its own: what the group started can be ended with it.
     process = subprocess.Popen(
-        [sys.executable, "-m", "penstock.bench.pool", name, scale.name],
+        [sys.executable, "-m", package, name, scale.name],
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:

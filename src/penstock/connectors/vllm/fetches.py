@@ -1,7 +1,7 @@
 """Blocks from the tiers below the pool, for requests that wait for them; the engine goes on with others meanwhile.
 
-A fetch runs on a thread, for every rank's space in turn. The scheduler asks in each of its steps whether it is over, and
-then looks the request up again. Whether fetching is worth it is decided in `penstock.connectors.below`.
+A fetch runs on a thread, for every rank's space in turn. The scheduler asks in each of its steps whether it is over,
+and then looks the request up again. Whether fetching is worth it is decided in `penstock.connectors.below`.
 """
 
 from __future__ import annotations

@@ -288,8 +288,8 @@ class SchedulerHalf:
     ) -> Orders:
         """What the workers are to do in this step; the scheduler has just made it.
 
-        `scheduled` are the requests in it with their numbers of tokens, `pages_of` gives a request's pages, `preempted` lost theirs since the last
-        step.
+        `scheduled` are the requests in it with their numbers of tokens, `pages_of` gives a request's pages, `preempted`
+        lost theirs since the last step.
         """
         orders, self._orders = self._orders, Orders()
         orders.n_tokens = sum(scheduled.values())
