@@ -235,9 +235,12 @@ class Pool:
 
         Never raises for want of room: the reservation is shorter, its `drop` says why, and the difference is counted.
         """
-        return self._reserve(handle, n, wait_s, give_up)
+        return self._reserve(handle, n, n, wait_s, give_up)
 
-    def _reserve(self, handle: PlacedSpace, n: int, wait_s: float, give_up: Callable[[], bool] | None) -> Reservation:
+    def _reserve(
+        self, handle: PlacedSpace, n: int, enough: int, wait_s: float, give_up: Callable[[], bool] | None
+    ) -> Reservation:
+        """As `reserve`, but waits only for `enough` slots."""
         grants, deadline = self._grants, time.monotonic() + wait_s
         at = grants.at
         if n < 0:
@@ -245,6 +248,7 @@ class Pool:
         if at.dead is not None:
             return Reservation(self, grants, handle, np.zeros((0, 2), np.int64), _drop_of(at.dead), deadline)
         n = min(n, at.geometry.ring)
+        enough = min(n, enough)
         self._last_reserve = time.monotonic()
         slots = grants.pop(handle.slot_class, n)
         # With enough in hand the keeper learns of the want at the commit: waking it costs as much as copying 512 KiB.
@@ -253,13 +257,13 @@ class Pool:
             if must_ring(at.ctx):
                 self._link.ring()
             slots = np.concatenate([slots, grants.pop(handle.slot_class, n - len(slots))])
-        while len(slots) < n and self._wait_for_keeper(at, deadline, give_up):
+        while len(slots) < enough and self._wait_for_keeper(at, deadline, give_up):
             self._last_reserve = time.monotonic()  # or `tidy` would take back the want of one that waits long
             slots = np.concatenate([slots, grants.pop(handle.slot_class, n - len(slots))])
         drop = Drop.NONE
-        if len(slots) < n:
+        if len(slots) < enough:
             drop = Drop.NO_ROOM if self._link.alive else Drop.NO_KEEPER
-            self._count(at, K_DROP + drop, n - len(slots))
+            self._count(at, K_DROP + drop, enough - len(slots))
         grants.want(handle.slot_class, n, 0)
         return Reservation(self, grants, handle, slots, drop, deadline, give_up)
 

@@ -157,8 +157,8 @@ class Stage:
     def reserve(
         self, space: PlacedSpace, n: int, wait_s: float, give_up: Callable[[], bool] | None = None
     ) -> Reservation:
-        """As `Pool.reserve`."""
-        return self.pool._reserve(space, n, wait_s, give_up)
+        """Up to n slots: as many as there are as soon as there is one. Else as `Pool.reserve`."""
+        return self.pool._reserve(space, n, 1, wait_s, give_up)
 
     def places(self, reservation: Reservation) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
         """Addresses of the reserved slots' payloads and checksum tables, to be filled by the caller."""

@@ -7,6 +7,7 @@ The mover then looks at the segment's records again, which are the truth.
 from __future__ import annotations
 
 import contextlib
+import select
 import socket
 
 import numpy as np
@@ -77,20 +78,21 @@ class FeedReader:
     """The mover's end."""
 
     def __init__(self, connection: socket.socket) -> None:
+        connection.setblocking(False)
         self._connection = connection
+        self._poll = select.poll()
+        self._poll.register(connection, select.POLLIN)
 
     def wait(self, timeout_s: float) -> None:
         """Wait until there is something to take, or the time is over."""
-        self._connection.settimeout(max(0.001, timeout_s))
-        with contextlib.suppress(TimeoutError, BlockingIOError):
-            self._connection.recv(1, socket.MSG_PEEK)
+        self._poll.poll(max(1, int(1000 * timeout_s)))
 
     def take(self) -> npt.NDArray[np.void] | None:
         """Everything that was told since the last call, [n] of feed_dtype; None when the keeper is gone."""
         parts: list[bytes] = []
         while len(parts) < 64:
             try:
-                data = self._connection.recv(_MOST * 16, socket.MSG_DONTWAIT)
+                data = self._connection.recv(_MOST * 16)
             except BlockingIOError:
                 break
             if not data:
