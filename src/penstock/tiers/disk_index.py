@@ -64,6 +64,10 @@ class Index:
         """How many blocks are here."""
         return sum(map(len, self.keys.values()))
 
+    def used_bytes(self) -> int:
+        """Bytes of slots that hold a block or are being filled."""
+        return self.slots.used_bytes() - sum(self.slots.where(unit)[0].stride for unit in self._ghosts)
+
     def publish(self, space: int, keys: Keys, parents: Keys, roots: Words, units: list[int]) -> list[int]:
         """These blocks' bytes are in their slots: write their rows (in memory) and let them be found.
 

@@ -131,7 +131,7 @@ class Slots:
             self._roomy.setdefault(slab.slot_class, {})[slab.number] = slab
 
     def used_bytes(self) -> int:
-        """Bytes of slots that hold a block, a ghost, or are being filled."""
+        """Bytes of slots that are taken."""
         return sum((slab.n_slots - slab.n_free) * slab.stride for slab in self.slabs)
 
     def _units_for(self, n: int) -> int:

@@ -159,7 +159,7 @@ class Store:
     def usage(self) -> Usage:
         """How full it is."""
         with self._lock:
-            return Usage(self._geometry.size_bytes, self.index.slots.used_bytes(), self.index.n_blocks())
+            return Usage(self._geometry.size_bytes, self.index.used_bytes(), self.index.n_blocks())
 
     def counters(self) -> dict[str, int]:
         """What is counted since this directory was opened; `lifetime_written_bytes` is the directory's."""
