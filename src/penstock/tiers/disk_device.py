@@ -17,9 +17,11 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.tiers.disk_format import PAGE_BYTES
 
@@ -66,15 +68,15 @@ class Run:
     """Numbers in the batch, in the order of the slots."""
 
 
-def cut_runs(fd: int, stride: int, slots: list[int], places: list[int]) -> list[Run]:
+def cut_runs(fd: int, stride: int, slots: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> list[Run]:
     """Cut (slot, place) pairs, sorted by slot, into runs of neighbours."""
     most = max(1, min(RUN_BLOCKS, RUN_BYTES // stride))
+    edges = [*np.flatnonzero(np.diff(slots, prepend=-2) != 1).tolist(), len(slots)]
     runs: list[Run] = []
-    first = 0
-    for at in range(1, len(slots) + 1):
-        if at == len(slots) or slots[at] != slots[at - 1] + 1 or at - first == most:
-            runs.append(Run(fd, slots[first] * stride, stride, places[first:at]))
-            first = at
+    for start, stop in pairwise(edges):
+        for first in range(start, stop, most):
+            mine = places[first : min(first + most, stop)].tolist()
+            runs.append(Run(fd, int(slots[first]) * stride, stride, mine))
     return runs
 
 

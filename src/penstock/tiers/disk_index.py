@@ -76,22 +76,22 @@ class Index:
         """
         names, above = key_list(keys), key_list(parents)
         known = self.keys.setdefault(space, {})
-        mine = []
-        kinds, over = [], []
-        for i, (name, unit) in enumerate(zip(names, units, strict=True)):
-            if name in known or not self.slots.has(unit):
-                self.abandon([unit])
-                continue
-            revived = self.brain.facts.rows["flags"][unit] != 0
-            kinds.append(EventKind.TOUCHED if revived else EventKind.COMMITTED)
+        alive = self.slots.has(units).tolist()
+        mine = [i for i, name in enumerate(names) if name not in known and alive[i]]
+        published = set(mine)
+        self.abandon([unit for i, unit in enumerate(units) if i not in published])
+        mine_units = [units[i] for i in mine]
+        over = []
+        for i in mine:
             over.append(known.get(above[i], NO_UNIT))
-            known[name] = unit
-            mine.append(i)
-        events = _events(EventKind.COMMITTED, [units[i] for i in mine])
-        events["kind"], events["parent"] = kinds, over
-        for slab, slots, places in self.slots.places(events["unit"].tolist(), mine):
+            known[names[i]] = units[i]
+        events = _events(EventKind.COMMITTED, mine_units)
+        # The slot of a ghost that blocks continue is in the brain's order still.
+        events["kind"][self.brain.facts.rows["flags"][mine_units] != 0] = EventKind.TOUCHED
+        events["parent"] = over
+        for slab, slots, places in self.slots.places(mine_units, mine):
             events["slot_class"] = slab.slot_class
-            self._fill(slab, np.array(slots), space, keys[places], parents[places], roots[places])
+            self._fill(slab, slots, space, keys[places], parents[places], roots[places])
         self._observe(events)
         return mine
 
@@ -109,30 +109,29 @@ class Index:
     def forget(self, space: int, keys: Iterable[bytes]) -> list[int]:
         """Let these blocks not be found any more, and clear their rows (in memory). Returns their units."""
         known = self.keys.get(space, {})
-        gone = []
+        there = {key: known[key] for key in keys if key in known}
+        self._clear(list(there.values()))
         # From the end: a chain's tail first.
-        for key in reversed(list(keys)):
-            unit = known.get(key)
-            if unit is not None:
-                self._clear(unit)
-                self._ghosts[unit] = (space, key)
-                self._ghost_of[space, key] = unit
-                self._reap(unit)
-                gone.append(unit)
-        return gone
+        for key, unit in reversed(there.items()):
+            self._ghosts[unit] = (space, key)
+            self._ghost_of[space, key] = unit
+            self._reap(unit)
+        return list(there.values())
 
-    def _clear(self, unit: int) -> None:
-        slab, slot = self.slots.where(unit)
-        row = slab.rows[slot]
-        del self.keys[int(row["space"])][row["key"].tobytes()]
-        self._touched.discard(unit)
-        slab.words[slot] = 0
+    def _clear(self, units: list[int]) -> None:
+        """Take these blocks from the keys and clear their rows."""
+        for slab, slots, _ in self.slots.places(units, units):
+            spaces = slab.rows["space"][slots].tolist()
+            for space, name in zip(spaces, key_list(slab.words[slots, 0:2]), strict=True):
+                del self.keys[space][name]
+            slab.words[slots] = 0
+        self._touched.difference_update(units)
 
     # ---- ghosts
 
     def take_ghost(self, space: int, key: bytes) -> int | None:
         """The slot of a removed block, to be written again; None if there is none or somebody still reads it."""
-        unit = self._ghost_of.get((space, key))
+        unit = self._ghost_of.get((space, key)) if self._ghost_of else None
         if unit is None or unit in self._pins:
             return None
         self._lay(unit)
@@ -140,13 +139,17 @@ class Index:
 
     def abandon(self, units: Iterable[int]) -> None:
         """Slots that were taken, and are not filled after all."""
-        for unit in units:
-            if self.slots.has(unit) and self.brain.facts.rows["flags"][unit]:
-                # It was a ghost's, and blocks may continue it still.
-                self._ghosts[unit] = None
-                self._reap(unit)
-            else:
-                self.slots.give_back([unit])
+        units = list(units)
+        alive = self.slots.has(units).tolist()
+        # The slot of a ghost: blocks may continue it still.
+        again = [unit for unit, here in zip(units, alive, strict=True) if here and self._resident(unit)]
+        for unit in again:
+            self._ghosts[unit] = None
+            self._reap(unit)
+        self.slots.give_back([unit for unit in units if unit not in again])
+
+    def _resident(self, unit: int) -> bool:
+        return bool(self.brain.facts.rows["flags"][unit])
 
     def _lay(self, unit: int) -> None:
         name = self._ghosts.pop(unit)
@@ -199,8 +202,7 @@ class Index:
         last_use = self.brain.facts.rows["last_use"]
         changed = self.slots.places(self._touched, self._touched)
         self._touched.clear()
-        for slab, slots, _ in changed:
-            at = np.array(slots)
+        for slab, at, _ in changed:
             slab.rows["stamp"][at] = last_use[slab.base + at]
             slab.seal(at)
         return changed
@@ -221,12 +223,12 @@ class Index:
             if unit in self._pins or unit in kept:
                 kept.update((unit, parent))
         gone = [unit for unit in victims if unit not in kept]
-        for unit in gone:
-            if unit in self._ghosts:
-                self._lay(unit)
-            else:
-                self._clear(unit)
-                self.evicted += 1
+        laid = [unit for unit in gone if unit in self._ghosts]
+        for unit in laid:
+            self._lay(unit)
+        blocks = [unit for unit in gone if unit not in laid]
+        self._clear(blocks)
+        self.evicted += len(blocks)
         events = _events(EventKind.EVICTED, victims)
         events["kind"] = [EventKind.KEPT if unit in kept else EventKind.EVICTED for unit in victims]
         self._observe(events)
@@ -268,8 +270,7 @@ class Index:
     def lose(self, slab: Slab) -> None:
         """Take a slab out whose files are gone, and forget its blocks; what continues them begins chains now."""
         held = self._pinned(slab)
-        for unit in (slab.base + np.flatnonzero(slab.used())).tolist():
-            self._clear(unit)
+        self._clear((slab.base + np.flatnonzero(slab.used())).tolist())
         for unit in [each for each in self._ghosts if slab.base <= each < slab.base + slab.n_slots]:
             self._lay(unit)
         self.slots.drop(slab, keep_units=held)
@@ -299,7 +300,7 @@ class Index:
     # ---- from rows
 
     def add(self, slab: Slab) -> bool:
-        """Take a slab in; the blocks in its rows are found after `recover`. False if it has a stride too many."""
+        """Take an empty slab in. False, and nothing done, if it has a stride too many."""
         added = self.slots.add(slab)
         if self.slots.end > self.brain.facts.n_units:
             old = self.brain.facts
@@ -309,18 +310,21 @@ class Index:
             self._restore(units, rows["parent"], rows["slot_class"], rows["last_use"])
         return added
 
-    def recover(self, strides: dict[int, int]) -> int:
-        """Take in all rows of all slabs. `strides` says which spaces are known.
+    def recover(self, slabs: list[Slab], strides: dict[int, int]) -> tuple[int, list[Slab]]:
+        """Take in slabs and all of their rows. `strides` says which spaces are known.
 
-        Returns how many rows were dropped: those of an unknown space or a wrong stride, and second copies.
+        Returns how many rows were dropped (those of an unknown space or a wrong stride, second copies) and the slabs
+        that were not taken in.
         """
-        dropped = 0
-        for slab in self.slots.slabs:
-            fitting = [number for number, stride in strides.items() if stride == slab.stride]
-            wrong = np.flatnonzero(slab.used() & ~np.isin(slab.rows["space"], fitting))
-            slab.words[wrong] = 0
-            dropped += len(wrong)
+        refused = [slab for slab in slabs if not self.slots.add(slab)]
+        dropped = sum(int(slab.used().sum()) for slab in refused)
+        self.brain = Brain(max(_FIRST_UNITS, self.slots.end), MAX_CLASSES)
         units, words = self._rows()
+        good = np.zeros(len(units), bool)
+        for number, mine in _by_space(words):
+            if number in strides:
+                good[mine] = self._strides(units[mine]) == strides[number]
+        units, words, dropped = units[good], words[good], dropped + self._drop_rows(units[~good])
         for number, mine in _by_space(words):
             names = key_list(words[mine, 0:2])
             known = dict(zip(names, units[mine].tolist(), strict=True))
@@ -328,11 +332,9 @@ class Index:
                 known = self._newest(names, units[mine], words[mine, 6])
                 dropped += len(names) - len(known)
             self.keys[number] = known
-        for slab in self.slots.slabs:
-            self.slots.release_all(slab)
         self.tick = int(words[:, 6].max(initial=0)) + 1
-        self.rebuild()
-        return dropped
+        self._take_in(*(self._rows() if dropped else (units, words)))
+        return dropped, refused
 
     def rebuild(self) -> None:
         """Make the brain anew from the rows in memory. Slots that are being filled stay taken."""
@@ -340,16 +342,35 @@ class Index:
         for unit in [each for each in self._ghosts if each not in self._pins]:
             self._lay(unit)
             self.slots.give_back([unit])
-        units, words = self._rows()
+        self._take_in(*self._rows())
+
+    def _take_in(self, units: npt.NDArray[np.uint32], words: Words) -> None:
+        """Make the brain from these rows; `keys` knows them all."""
         parents = np.full(len(units), NO_UNIT, np.uint32)
+        # Most blocks lie behind the block that they continue.
+        behind = np.zeros(len(units), bool)
+        behind[1:] = (words[1:, 2:4] == words[:-1, 0:2]).all(axis=1) & (words[1:, 5] == words[:-1, 5])
+        at = np.flatnonzero(behind)
+        parents[at] = units[at - 1]
         for number, mine in _by_space(words):
-            above = key_list(words[mine, 2:4])
-            found = map(self.keys[number].get, above, repeat(NO_UNIT))
-            parents[mine] = np.fromiter(found, np.uint32, len(above))
-        classes = np.zeros(self.brain.facts.n_units, np.uint32)
-        for slab in self.slots.slabs:
-            classes[slab.base : slab.base + slab.n_slots] = slab.slot_class
-        self._restore(units, parents, classes[units], words[:, 6])
+            rest = np.arange(len(units))[mine]
+            rest = rest[~behind[rest]]
+            found = map(self.keys[number].get, key_list(words[rest, 2:4]), repeat(NO_UNIT))
+            parents[rest] = np.fromiter(found, np.uint32, len(rest))
+        self._restore(units, parents, self._classes(units), words[:, 6])
+
+    def _strides(self, units: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        return self.slots.of_each(units, [slab.stride for slab in self.slots.slabs])
+
+    def _classes(self, units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:
+        return self.slots.of_each(units, [slab.slot_class for slab in self.slots.slabs]).astype(np.uint32)
+
+    def _drop_rows(self, units: npt.NDArray[np.uint32]) -> int:
+        """Clear rows that no key finds, and free their slots. Returns how many."""
+        for slab, slots, _ in self.slots.places(units.tolist(), units.tolist()):
+            slab.words[slots] = 0
+        self.slots.give_back(units.tolist())
+        return len(units)
 
     def _restore(
         self,
@@ -378,10 +399,8 @@ class Index:
     def _newest(self, names: list[bytes], units: npt.NDArray[np.uint32], stamps: Words) -> dict[bytes, int]:
         """Of rows with the same key, keep the one that was used last and clear the others."""
         known = {names[i]: int(units[i]) for i in np.argsort(stamps, kind="stable").tolist()}
-        for name, unit in zip(names, units.tolist(), strict=True):
-            if known[name] != unit:
-                slab, slot = self.slots.where(unit)
-                slab.words[slot] = 0
+        kept = np.array([known[name] for name in names])
+        self._drop_rows(units[kept != units])
         return known
 
     def _observe(self, events: npt.NDArray[np.void]) -> None:

@@ -71,16 +71,14 @@ class Room:
             else:
                 slabs.append(slab)
         self._shrink(slabs)
-        for slab in list(slabs):
-            if not self._index.add(slab):
-                dropped += int(slab.used().sum())
-                slabs.remove(slab)
-                slab.close()
         strides = {number: stride_of(space.block_bytes) for number, space in self._folder.spaces().items()}
-        dropped += self._index.recover(strides)
+        n_dropped, refused = self._index.recover(slabs, strides)
+        for slab in refused:
+            slabs.remove(slab)
+            slab.close()
         self._folder.keep_only({number for number, keys in self._index.keys.items() if keys})
         self._write_clearings()
-        return torn, dropped
+        return torn, dropped + n_dropped
 
     def _write_clearings(self) -> None:
         """Let the disk forget the rows that were dropped, lest they come back when the data is longer again."""

@@ -20,7 +20,8 @@ __all__ = ["MAX_CLASSES", "Place", "Slots"]
 MAX_CLASSES = 64
 """How many different strides there may be at once in one process."""
 
-Place = tuple[Slab, list[int], list[int]]
+Numbers = npt.NDArray[np.int64]
+Place = tuple[Slab, Numbers, Numbers]
 """A slab, slots in it, ascending, and for each the number that came with its unit."""
 
 
@@ -82,23 +83,35 @@ class Slots:
         slab = self.slabs[at]
         return slab, unit - slab.base
 
-    def has(self, unit: int) -> bool:
-        """Whether the unit's slab is still in use."""
-        at = bisect_right(self._bases, unit) - 1
-        return at >= 0 and unit < self._bases[at] + self.slabs[at].n_slots
+    def of_each(self, units: npt.NDArray[np.uint32], of_slab: list[int]) -> Numbers:
+        """(n,): for each unit what `of_slab`, in the order of the slabs, says of its slab."""
+        if not len(units):
+            return np.zeros(0, np.int64)
+        found: Numbers = np.array(of_slab, np.int64)[np.searchsorted(self._bases, units, "right") - 1]
+        return found
+
+    def has(self, units: Iterable[int]) -> npt.NDArray[np.bool_]:
+        """(n,): whether each unit's slab is still in use."""
+        wanted = np.array(list(units), np.int64)
+        if not self.slabs:
+            return np.zeros(len(wanted), bool)
+        at = np.searchsorted(self._bases, wanted, "right") - 1
+        ends = np.array([slab.base + slab.n_slots for slab in self.slabs])
+        found: npt.NDArray[np.bool_] = (at >= 0) & (wanted < ends[at])
+        return found
 
     def places(self, units: Iterable[int], numbers: Iterable[int]) -> list[Place]:
-        """Slab by slab, the slots of these units and the numbers that go with them."""
+        """Slab by slab, the slots of these units and the numbers that go with them. All slabs must be in use."""
+        wanted, given = np.array(list(units), np.int64), np.array(list(numbers), np.int64)
+        order = np.argsort(wanted, kind="stable")
+        wanted, given = wanted[order], given[order]
         found: list[Place] = []
-        stop = -1
-        for unit, number in sorted(zip(units, numbers, strict=True)):
-            if unit >= stop:
-                slab, _ = self.where(unit)
-                found.append((slab, [], []))
-                stop = slab.base + slab.n_slots
-            slab, slots, places = found[-1]
-            slots.append(unit - slab.base)
-            places.append(number)
+        first = 0
+        while first < len(wanted):
+            slab, _ = self.where(int(wanted[first]))
+            stop = int(np.searchsorted(wanted, slab.base + slab.n_slots))
+            found.append((slab, wanted[first:stop] - slab.base, given[first:stop]))
+            first = stop
         return found
 
     def take(self, slot_class: int, n: int) -> list[int]:
@@ -122,12 +135,11 @@ class Slots:
 
     def give_back(self, units: Iterable[int]) -> None:
         """Make taken slots free again that hold nothing. Those whose slab is gone are ignored."""
-        for unit in units:
-            if not self.has(unit):
-                continue
-            slab, slot = self.where(unit)
-            slab.free[slot] = True
-            slab.n_free += 1
+        given = np.array(list(units), np.int64)
+        given = given[self.has(given.tolist())]
+        for slab, slots, _ in self.places(given, given):
+            slab.free[slots] = True
+            slab.n_free += len(slots)
             self._roomy.setdefault(slab.slot_class, {})[slab.number] = slab
 
     def used_bytes(self) -> int:

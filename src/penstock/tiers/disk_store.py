@@ -23,6 +23,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -39,6 +40,8 @@ from penstock.tiers.disk_slots import Place
 
 __all__ = ["Counts", "Store"]
 
+_ROWS_APART = 64
+"""Rows nearer than a page to each other are written with what lies between them."""
 _SAVE_USES = 8192
 _SAVE_AFTER_S = 30.0
 """Uses are written to the rows after that many, or that long: a restart forgets later ones."""
@@ -227,9 +230,9 @@ class Store:
     def _places_of(self, places: list[Place], numbers: set[int]) -> list[Place]:
         chosen: list[Place] = []
         for slab, slots, each in places:
-            at = [i for i, number in enumerate(each) if number in numbers]
-            if at:
-                chosen.append((slab, [slots[i] for i in at], [each[i] for i in at]))
+            at = np.isin(each, list(numbers))
+            if at.any():
+                chosen.append((slab, slots[at], each[at]))
         return chosen
 
     def _clear_rows(self, places: list[Place], codes: npt.NDArray[np.int64]) -> None:
@@ -244,16 +247,13 @@ class Store:
         """Write these slots' rows to disk, neighbours together. False (and counted) where that failed."""
         good = True
         for slab, slots, _ in places:
-            first = 0
-            for at in range(1, len(slots) + 1):
-                if at < len(slots) and slots[at] - slots[at - 1] <= 64:
-                    continue
+            edges = [*np.flatnonzero(np.diff(slots, prepend=-_ROWS_APART) >= _ROWS_APART).tolist(), len(slots)]
+            for first, stop in pairwise(edges):
                 try:
-                    slab.flush(self._system, self._lock, slots[first], slots[at - 1] + 1)
+                    slab.flush(self._system, self._lock, int(slots[first]), int(slots[stop - 1]) + 1)
                 except OSError:
                     self._count_errors(1)
                     good = False
-                first = at
         return good
 
     def _move(
