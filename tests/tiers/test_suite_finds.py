@@ -14,3 +14,6 @@ class TestDictTier(TierSuite):
 
     def reopen(self, tier: DictTier) -> DictTier:  # type: ignore[override]
         return DictTier(content=tier.content)
+
+    def open_small(self, capacity_bytes: int) -> DictTier:
+        return DictTier(capacity_bytes=capacity_bytes)

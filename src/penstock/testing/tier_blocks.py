@@ -17,6 +17,7 @@ from penstock.pool.copies import seal
 from penstock.tiers.base import Batch, BlockSpace, Found, Keys
 
 __all__ = [
+    "AWKWARD_KEYS",
     "PAGE_BYTES",
     "Buffers",
     "assert_right",
@@ -31,6 +32,15 @@ __all__ = [
 ]
 
 PAGE_BYTES = 4096
+AWKWARD_KEYS: Keys = np.frombuffer(
+    bytearray(
+        bytes(16) + b"\xff" * 16 + bytes(15) + b"\x01" + b"\x01" + bytes(15) + b"\r\n" * 8 + b"\n" * 16
+        + b"$-1\r\n*0\r\n+OK\r\n\r\n" b"../../../etc/pwd" + b"/" * 16 + b" " * 16 + b"%00%2f%2e?a=b#cd"
+        + b"\x80\xfe" * 8 + b"{tag}{tag}{tag}}" b"KEYKEYKEYKEYKEYK" b"keykeykeykeykeyk" b"'; DROP TABLE b;"
+    ),
+    "<u8",
+).reshape(-1, 2)  # fmt: skip
+"""Keys that texts, paths, line protocols and letter case trip over."""
 _CANARY, _NOISE = 0xA5, 0x3C
 
 
