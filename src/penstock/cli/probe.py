@@ -24,7 +24,6 @@ __all__ = ["probe"]
 
 _SIZES = tuple(4**power for power in range(3, 14))  # 64 B to 64 MiB
 _QUICK_SIZES = (4 << 10, 64 << 10, 1 << 20)
-_QUICK_CACHE = 1 << 20
 _TOTAL_S = 60.0
 _QUICK_S = 2.0
 _LARGEST = 1 << 30
@@ -42,17 +41,18 @@ def probe(
     subjects = machine_subjects() + (named if folders else named_subjects(default_folders(), []) + named)
     wanted = _sizes(sizes) if sizes else _QUICK_SIZES if quick else _SIZES
     share = share_of_time(_QUICK_S if quick else _TOTAL_S, points_to_take(subjects, wanted))
-    cache = _QUICK_CACHE if quick else last_level_cache_bytes()
-    profile = _run(subjects, Plan(wanted, share if point_s is None else point_s, cache))
+    plan = Plan(wanted, share if point_s is None else point_s, last_level_cache_bytes())
+    profile = _run(subjects, plan)
+    _show(profile, json)  # first: what was measured is to be seen even where it cannot be written
     where = save_profile(profile, out)
     if plot is not None:
         write_plot(profile, plot)
-    _show(profile, where, json)
+    Console(stderr=True, soft_wrap=True).print(f"written to {where}", markup=False, highlight=False)
     missed = {each.name for each in profile.left_out} & {subject.name for subject in named}
     raise typer.Exit(1 if missed else 0)
 
 
-def _show(profile: Profile, where: Path, json: bool) -> None:
+def _show(profile: Profile, json: bool) -> None:
     if json:
         print(msgspec.json.format(msgspec.json.encode(profile), indent=2).decode())
         return
@@ -60,8 +60,7 @@ def _show(profile: Profile, where: Path, json: bool) -> None:
     if not console.is_terminal:
         console.width = _FILE_WIDTH
     for part in as_tables(profile):
-        console.print(part)
-    console.print(f"written to {where}", markup=False)
+        console.print(part, highlight=False)
 
 
 def _sizes(text: str) -> tuple[int, ...]:

@@ -39,7 +39,7 @@ class DaxDevice(Subject):
         except OSError as error:
             raise CannotMeasure(f"{self._path} cannot be opened ({error.strerror}); allow this user to") from error
         try:
-            span = min(_size(self._path, fd), -(-plan.span_bytes // _ALIGN) * _ALIGN) // _ALIGN * _ALIGN
+            span = min(_size(self._path, fd), -(-plan.memory_bytes // _ALIGN) * _ALIGN) // _ALIGN * _ALIGN
             if not span:
                 raise CannotMeasure(f"{self._path} does not say its size, or is smaller than {_ALIGN >> 20} MiB")
             area = mmap.mmap(fd, span, flags=mmap.MAP_SHARED, prot=mmap.PROT_READ)

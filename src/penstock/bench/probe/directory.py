@@ -50,8 +50,8 @@ class Directory(Subject):
             self._fd, self._span = file.fileno(), span
             # Noise: some devices and file systems store zeros as nothing.
             area = aligned(max(plan.sizes[-1], _PIECE))
-            np.frombuffer(area, np.uint8)[:] = np.random.default_rng(5).integers(0, 256, len(area), np.uint8)
-            self._buffer = memoryview(area)
+            area[:] = np.random.default_rng(5).integers(0, 256, len(area), np.uint8)
+            self._buffer = memoryview(area.data)
             self._direct = self._set_direct(system)
             self._fill()
             yield
@@ -89,10 +89,10 @@ class Directory(Subject):
         free = status.f_bavail * status.f_frsize
         if system in _IN_MEMORY:
             free = min(free, memory_limit_bytes())
-        span = min(plan.span_bytes, int(free * _SHARE)) // _PIECE * _PIECE
+        span = min(plan.file_bytes, int(free * _SHARE)) // _PIECE * _PIECE
         if not span:
             raise CannotMeasure(f"{self._path} has {free >> 20} MiB free, too little to measure in")
-        if span < plan.span_bytes:
+        if span < plan.file_bytes:
             self.notes.append(f"only {free >> 20} MiB are free: sizes over {span >> 20} MiB are left out")
         return span
 

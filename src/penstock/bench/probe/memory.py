@@ -7,6 +7,7 @@ figures are those of this process as it may run, not of the node's own processor
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import platform
 from collections.abc import Iterator
@@ -16,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from penstock.bench.probe.base import CannotMeasure, Plan, Subject, Timing, aligned, positions, sample, touched_pages
+from penstock.bench.probe.base import CannotMeasure, Plan, Subject, Timing, aligned, positions, sample
 from penstock.config import memory_limit_bytes
+from penstock.pool.layout import PAGE
 from penstock.profile import Direction
 
 __all__ = ["MemoryNode", "last_level_cache_bytes", "nodes", "read_timing"]
@@ -27,6 +29,7 @@ _CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
 _MBIND = {"x86_64": 237, "aarch64": 235}
 """System call numbers: libnuma is seldom installed."""
 _MPOL_BIND = 2
+_MASK_WORDS = 16
 _RUN_BYTES = 256 << 10
 _RUN_PIECES = 1024
 _COPY_LEAST = 256
@@ -46,19 +49,16 @@ class MemoryNode(Subject):
 
     @contextmanager
     def opened(self, plan: Plan) -> Iterator[None]:
-        span = min(plan.span_bytes, memory_limit_bytes() // 4)
+        span = min(plan.memory_bytes, memory_limit_bytes() // 4) // PAGE * PAGE
         if span < plan.sizes[0]:
             raise CannotMeasure("too little memory is free; end something and probe again")
-        self._areas = [aligned(span), aligned(span)]
+        bind = None if self._node is None else functools.partial(_bind, self._node)
+        self._source, self._target = aligned(span, bind), aligned(span, bind)
         try:
-            if self._node is not None:
-                self._bind(self._node)
-            self._source, self._target = (touched_pages(area) for area in self._areas)
             yield
         finally:
-            # Not closed: a traceback may still refer to their bytes. They go with the last reference.
+            # A traceback may still refer to their bytes: they go with the last reference.
             self._source = self._target = np.empty(0, np.uint8)
-            self._areas = []
 
     def time(self, direction: Direction, size: int, point_s: float) -> Timing | None:
         if size > len(self._source):
@@ -98,20 +98,26 @@ class MemoryNode(Subject):
 
         return Timing(sample(call, point_s) / turn.length)
 
-    def _bind(self, node: int) -> None:
-        number = _MBIND.get(platform.machine())
-        mask = (ctypes.c_ulong * 16)()
-        mask[node // 64] = 1 << node % 64
+
+def _bind(node: int, address: int, size: int) -> None:
+    """Have the pages there come from this node. Raises CannotMeasure where others could be meant."""
+    mask = (ctypes.c_ulong * _MASK_WORDS)()
+    mask[node // 64] = 1 << node % 64
+    number = _MBIND.get(platform.machine())
+    args = (
+        ctypes.c_void_p(address),
+        ctypes.c_ulong(size),
+        ctypes.c_int(_MPOL_BIND),
+        mask,
+        ctypes.c_ulong(len(mask) * 64),
+    )
+    if number is not None:
         libc = ctypes.CDLL(None, use_errno=True)
-        for area in self._areas:
-            place = ctypes.c_void_p(np.frombuffer(area, np.uint8).ctypes.data)
-            length = ctypes.c_ulong(len(area))
-            args = (place, length, ctypes.c_int(_MPOL_BIND), mask, ctypes.c_ulong(16 * 64), ctypes.c_uint(0))
-            if number is None or libc.syscall(ctypes.c_long(number), *args):
-                why = os.strerror(ctypes.get_errno()) if number else "unknown on this processor"
-                if len(nodes()) > 1:
-                    raise CannotMeasure(f"memory cannot be bound to node {node} ({why}); allow mbind (CAP_SYS_NICE)")
-                return  # all memory is this node's anyway
+        if libc.syscall(ctypes.c_long(number), *args, ctypes.c_uint(0)) == 0:
+            return
+    if len(nodes()) > 1:  # else all memory is this node's anyway
+        why = os.strerror(ctypes.get_errno()) if number else "its call is not known on this processor"
+        raise CannotMeasure(f"memory cannot be bound to node {node} ({why}); allow mbind (CAP_SYS_NICE)")
 
 
 class _Turns:

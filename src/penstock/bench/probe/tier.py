@@ -17,13 +17,13 @@ import numpy.typing as npt
 
 from penstock.bench.probe.base import CannotMeasure, Plan, Seconds, Subject, Timing, aligned, sample
 from penstock.errors import PenstockError, TierError
+from penstock.pool.layout import PAGE
 from penstock.profile import Direction
 from penstock.tiers.base import Batch, BlockSpace, Found, Placed
 from penstock.tiers.registry import TierConfig, open_tier
 
 __all__ = ["TierSubject"]
 
-_PAGE = 4096
 _RUN_BLOCKS = 32
 _RUN_BYTES = 32 << 20
 _CALL_S = 30.0
@@ -188,8 +188,8 @@ class _Blocks:
 
 
 def _buffers(size: int, count: int) -> list[memoryview]:
-    step = -(-size // _PAGE) * _PAGE
-    view = memoryview(aligned(step * count))
+    step = -(-size // PAGE) * PAGE
+    view = aligned(step * count).data
     return [view[at : at + size] for at in range(0, step * count, step)]
 
 
