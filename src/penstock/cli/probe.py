@@ -59,7 +59,7 @@ def _show(profile: Profile, json: bool) -> None:
     console = Console()
     if not console.is_terminal:
         console.width = _FILE_WIDTH
-    for part in as_tables(profile):
+    for part in as_tables(profile, console.width):
         console.print(part, highlight=False)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from rich.markup import escape
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
@@ -12,12 +12,18 @@ from penstock.profile import Direction, Model, Point, Profile, TierProfile
 
 __all__ = ["as_tables", "shown_rate", "shown_seconds", "shown_size"]
 
+# What a column of sizes, and the three of a direction, take at most.
+_SIZE_WIDTH, _DIRECTION_WIDTH = 11, 34
 
-def as_tables(profile: Profile) -> Iterator[Table | Text]:
-    """What to print: the tables with the models below each, then what was left out."""
+
+def as_tables(profile: Profile, width: int) -> Iterator[Table | Text]:
+    """What to print, at most `width` (80 or more) wide: tables with the models below each, then what was left out."""
     for tier in profile.tiers:
-        yield _table(tier)
-        yield Text("\n".join([*(f"  {_said(model)}" for model in tier.models), *(f"  {n}" for n in tier.notes)]))
+        yield Text(tier.name, style="bold")
+        abreast = max(1, (width - _SIZE_WIDTH) // _DIRECTION_WIDTH)
+        for first in range(0, len(tier.models), abreast):
+            yield _table(tier, [model.direction for model in tier.models[first : first + abreast]])
+        yield Text("\n".join([*(f"  {_said(model)}" for model in tier.models), *(f"  {n}" for n in tier.notes)]) + "\n")
     for each in profile.left_out:
         yield Text(f"{each.name}: left out. {each.why}", style="yellow")
 
@@ -46,9 +52,8 @@ def shown_rate(gb_s: float) -> str:
     return f"{_digits(gb_s * 1e6)} kB/s"
 
 
-def _table(tier: TierProfile) -> Table:
-    directions = [model.direction for model in tier.models]
-    table = Table(title=escape(tier.name), title_justify="left", title_style="bold")
+def _table(tier: TierProfile, directions: list[Direction]) -> Table:
+    table = Table(box=SIMPLE_HEAD)
     table.add_column("size", justify="right", no_wrap=True)
     for direction in directions:
         for column in ("median", "p99", *([] if direction is Direction.HOLDS else ["rate"])):
