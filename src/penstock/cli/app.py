@@ -141,6 +141,14 @@ def vllm(
 
 
 @app.command()
+def tiers(name: Name = "default", json: AsJson = False) -> None:
+    """Show what is below a pool: each tier's capacity, use, speed, queue and errors."""
+    from penstock.cli.tiers import tiers as run
+
+    run(name, json)
+
+
+@app.command()
 def probe(
     dir_: Annotated[
         list[Path] | None,
