@@ -21,6 +21,7 @@ from penstock.bench.probe.tier import TierSubject
 from penstock.errors import ConfigError
 from penstock.profile import Direction, Profile, load_profile, save_profile
 from penstock.tiers.registry import parse_tier, register
+from tests.test_public import loaded
 
 PLAN = Plan(sizes=(4096, 65536), point_s=0.01, cache_bytes=1 << 20)
 
@@ -245,6 +246,26 @@ def test_devices_that_cannot_be_measured(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(dax, "_SYSFS", tmp_path)
     with pytest.raises(CannotMeasure, match="opened"), DaxDevice(tmp_path / "none").opened(PLAN):
         pass
+
+
+# ---- GPUs
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="there is a GPU: tests/gpu measures it")
+def test_without_a_gpu_torch_is_not_imported() -> None:
+    code = "from penstock.bench.probe.targets import machine_subjects, named_subjects; machine_subjects()"
+    assert not loaded(code) & {"torch", "matplotlib"}
+
+
+def test_a_gpu_that_torch_cannot_use() -> None:
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: tests/gpu measures it")
+    from penstock.bench.probe.gpu import GpuLink, devices
+
+    assert devices() == 0
+    profile = probed(GpuLink(0))
+    assert not profile.tiers and profile.left_out[0].why.startswith("torch: ")
 
 
 # ---- tiers

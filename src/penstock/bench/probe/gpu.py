@@ -47,7 +47,10 @@ class GpuLink(Subject):
             self._wait: Callable[[], None] = lambda: torch.cuda.synchronize(device)
             self.notes.append(torch.cuda.get_device_name(device))
             yield
-        except RuntimeError as error:  # what torch raises for everything that a device refuses
+        except (
+            RuntimeError,
+            AssertionError,
+        ) as error:  # what torch raises for all that a device, or its build, refuses
             raise CannotMeasure(f"torch: {str(error).splitlines()[0]}") from error
         finally:
             self._buffers.clear()
