@@ -154,6 +154,42 @@ def vllm(
     )  # fmt: skip
 
 
+@app.command()
+def tiers(name: Name = "default", json: AsJson = False) -> None:
+    """Show what is below a pool: each tier's capacity, use, speed, queue and errors."""
+    from penstock.cli.tiers import tiers as run
+
+    run(name, json)
+
+
+@app.command()
+def probe(
+    dir_: Annotated[
+        list[Path] | None,
+        typer.Option("--dir", help="A folder to measure; again for more. Default: /dev/shm and the user's cache."),
+    ] = None,
+    tier: Annotated[
+        list[str] | None, typer.Option("--tier", metavar="ADDRESS", help="A tier to measure, as `serve` takes it.")
+    ] = None,
+    sizes: Annotated[str, typer.Option("--sizes", help="64,4K,1M; default: powers of four, 64 B to 64 MiB.")] = "",
+    seconds_per_point: Annotated[
+        float | None, typer.Option("--seconds-per-point", min=0.001, max=60, help="Default: about a minute for all.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The profile's file; default: profile.json in the user's cache.")
+    ] = None,
+    json: AsJson = False,
+    plot: Annotated[Path | None, typer.Option("--plot", metavar="FILE.png", help="Draw it; needs matplotlib.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Three sizes in a few seconds: rough figures.")] = False,
+) -> None:
+    """Measure this machine's memories, devices, folders and tiers, and write the profile that decisions are made by."""
+    from penstock.cli.probe import probe as run
+
+    run(
+        dir_ or [], tier or [], sizes=sizes, point_s=seconds_per_point, out=out, json=json, plot=plot, quick=quick
+    )  # fmt: skip
+
+
 bench = typer.Typer(help="Measure this machine against the targets.", no_args_is_help=True)
 app.add_typer(bench, name="bench")
 
