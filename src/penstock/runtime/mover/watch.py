@@ -43,6 +43,7 @@ class Watch:
         self._stage, self._places, self._feed = stage, places, feed
         self._tiering, self._writer, self._lock = tiering, writer, lock
         self._sizes = np.zeros(stage.n_units, np.int64)
+        self._generations = np.zeros(stage.n_units, np.int64)
         self._classes: set[int] = set()
         self._resident_bytes = 0
         self._audited = 0
@@ -76,12 +77,16 @@ class Watch:
             self._tell(rows["kind"], rows["unit"].astype(np.int64))
 
     def _start_over(self) -> None:
-        """Events were lost: forget what was resident, and take in what the records say."""
+        """Events were lost: what the records say is told, as far as it is new. What stayed was not used again by that."""
         self.gaps += 1
-        gone = np.flatnonzero(self._sizes)
-        self._tell(np.full(len(gone), EventKind.EVICTED, np.uint32), gone)
         there = self._stage.scan()
-        self._tell(np.full(len(there), EventKind.COMMITTED, np.uint32), there)
+        known = np.flatnonzero(self._sizes)
+        gone = np.setdiff1d(known, there)
+        self._tell(np.full(len(gone), EventKind.EVICTED, np.uint32), gone)
+        records = self._stage.records(there)
+        units = there[records.index]
+        new = units[(self._sizes[units] == 0) | (self._generations[units] != records.generations)]
+        self._tell(np.full(len(new), EventKind.COMMITTED, np.uint32), new)
 
     def _tell(self, kinds: npt.NDArray[np.uint32], units: npt.NDArray[np.int64]) -> None:
         """Pass events on, runs of one kind at a time, so that sizes can be counted along."""
@@ -125,6 +130,7 @@ class Watch:
         events = events[known]
         self._left(events["unit"].astype(np.int64))
         self._sizes[events["unit"]] = events["block_bytes"]
+        self._generations[events["unit"]] = events["generation"]
         self._classes.update(np.unique(events["slot_class"]).tolist())
         self._resident_bytes += int(events["block_bytes"].sum())
         self._observe(events)
