@@ -48,6 +48,13 @@ class Records:
     def __len__(self) -> int:
         return len(self.index)
 
+    def part(self, chosen: npt.NDArray[np.bool_]) -> Records:
+        """Only the chosen rows, (n,)."""
+        return Records(
+            self.index[chosen], self.generations[chosen], self.spaces[chosen], np.ascontiguousarray(self.keys[chosen]),
+            np.ascontiguousarray(self.parents[chosen]), self.priorities[chosen], self.tenants[chosen],
+        )  # fmt: skip
+
 
 @dataclass(frozen=True, slots=True)
 class Leased:

@@ -80,13 +80,9 @@ class Watch:
         """Events were lost: what the records say is told, as far as it is new. What stayed was not used again by that."""
         self.gaps += 1
         there = self._stage.scan()
-        known = np.flatnonzero(self._sizes)
-        gone = np.setdiff1d(known, there)
+        gone = np.setdiff1d(np.flatnonzero(self._sizes), there)
         self._tell(np.full(len(gone), EventKind.EVICTED, np.uint32), gone)
-        records = self._stage.records(there)
-        units = there[records.index]
-        new = units[(self._sizes[units] == 0) | (self._generations[units] != records.generations)]
-        self._tell(np.full(len(new), EventKind.COMMITTED, np.uint32), new)
+        self._tell(np.full(len(there), EventKind.COMMITTED, np.uint32), there)
 
     def _tell(self, kinds: npt.NDArray[np.uint32], units: npt.NDArray[np.int64]) -> None:
         """Pass events on, runs of one kind at a time, so that sizes can be counted along."""
@@ -110,11 +106,14 @@ class Watch:
         self._sizes[units] = 0
 
     def _committed(self, units: npt.NDArray[np.int64]) -> None:
-        """Slots may have been used again since: what stands there now is what counts."""
+        """Slots may have been used again since: what stands there now is what counts, unless it is known already."""
         units = np.unique(units)
         records = self._stage.records(units)
+        units = units[records.index]
+        fresh = (self._sizes[units] == 0) | (self._generations[units] != records.generations)
+        units, records = units[fresh], records.part(fresh)
         events = np.zeros(len(records), tier_event_dtype)
-        events["kind"], events["unit"] = EventKind.COMMITTED, units[records.index]
+        events["kind"], events["unit"] = EventKind.COMMITTED, units
         events["key"], events["parent"] = records.keys, records.parents
         events["generation"], events["space"] = records.generations, records.spaces
         events["priority"], events["tenant"] = records.priorities, records.tenants.view(np.uint64)
