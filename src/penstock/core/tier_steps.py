@@ -103,7 +103,7 @@ def _unindex(t: Any, n: Any) -> None:
         home = _home(t, wide[other, at.KEY0], wide[other, at.KEY1])
         if ((spot - home) & last) >= ((spot - hole) & last):
             index[hole] = other
-            hole = at
+            hole = spot
     index[hole] = 0
 
 
