@@ -29,6 +29,9 @@ __all__ = ["TierConfig", "open_tier", "options_of", "parse_tier", "register", "s
 
 _TIERS: dict[str, str] = {
     "disk": "penstock.tiers.disk",
+    "redis": "penstock.tiers.valkey",
+    "valkey": "penstock.tiers.valkey",
+    "valkey+unix": "penstock.tiers.valkey",
 }
 """Scheme -> module with `open_tier(location, options, name) -> Tier` and `DEFAULT_WRITE: WriteRule`."""
 
