@@ -82,10 +82,7 @@ class Daemon:
         """Start it and wait until it is ready. One that ends instead (its port was taken) is started anew."""
         assert self.process is None
         for left in reversed(range(tries)):
-            with (self.folder / f"{self.name}.log").open("ab") as sink:
-                self.process = subprocess.Popen(
-                    self.command(), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
-                )
+            self.launch()
             try:
                 until(lambda: self._gone() or self.ready(), f"{self.name} is ready")
             except BaseException:
@@ -98,6 +95,13 @@ class Daemon:
             assert left, f"{self.name} ended at once:\n{self.log[-2000:]}"
             if not self.settled:
                 self.move()
+
+    def launch(self) -> None:
+        """Start it without waiting for it."""
+        with (self.folder / f"{self.name}.log").open("ab") as sink:
+            self.process = subprocess.Popen(
+                self.command(), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
+            )
 
     def stop(self) -> None:
         """SIGTERM: the orderly end, in which it saves what it saves."""
@@ -197,6 +201,13 @@ class ValkeyServer(Daemon):
     def ready(self) -> bool:
         try:
             return self._over_unix("PING") == b"+PONG\r\n"
+        except OSError:
+            return False
+
+    def listening(self) -> bool:
+        """Whether it answers anything at all, be it that it is not ready."""
+        try:
+            return bool(self._over_unix("PING"))
         except OSError:
             return False
 
