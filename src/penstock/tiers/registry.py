@@ -29,10 +29,15 @@ from penstock.types import WriteRule
 __all__ = ["TierConfig", "open_tier", "options_of", "parse_tier", "register", "schemes"]
 
 _TIERS: dict[str, str] = {
+    "az": "penstock.tiers.objects_az",
     "disk": "penstock.tiers.disk",
     "redis": "penstock.tiers.valkey",
     "valkey": "penstock.tiers.valkey",
     "valkey+unix": "penstock.tiers.valkey",
+    "file": "penstock.tiers.objects_file",
+    "gs": "penstock.tiers.objects_gs",
+    "mooncake": "penstock.tiers.mooncake",
+    "s3": "penstock.tiers.objects_s3",
 }
 """Scheme -> module with `open_tier(location, options, name) -> Tier` and `DEFAULT_WRITE: WriteRule`."""
 
