@@ -36,11 +36,13 @@ def serve(
     path: PathOption = None,
     slab: Annotated[str, typer.Option("--slab", help="Slab size; at least the largest block.")] = "",
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+    numa: Annotated[int, typer.Option("--numa", hidden=True, help="Take the memory from this NUMA node.")] = -1,
+    parent: Annotated[int, typer.Option("--parent", hidden=True, help="Stop when this process, the parent, ends.")] = 0,
 ) -> None:
     """Serve a pool in the foreground, until Ctrl-C. An existing pool goes on with what it holds."""
     from penstock.cli.serve import serve as run
 
-    run(name, size, path, slab, verbose)
+    run(name, size, path, slab, verbose, numa=None if numa < 0 else numa, parent=parent or None)
 
 
 @app.command()

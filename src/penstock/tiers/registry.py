@@ -29,6 +29,7 @@ __all__ = ["TierConfig", "open_tier", "options_of", "parse_tier", "register", "s
 
 _TIERS: dict[str, str] = {
     "disk": "penstock.tiers.disk",
+    "memory": "penstock.tiers.memory",
 }
 """Scheme -> module with `open_tier(location, options, name) -> Tier` and `DEFAULT_WRITE: WriteRule`."""
 
