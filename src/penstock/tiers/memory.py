@@ -12,11 +12,12 @@ there is refused (FAILED), as in every pool.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import msgspec
@@ -24,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.config import parse_size
-from penstock.errors import ConfigError, TierTimeout, TierUnavailable
+from penstock.errors import ConfigError, PoolClosed, TierTimeout, TierUnavailable
 from penstock.pool.segment import check_name
 from penstock.tiers.base import Batch, BlockSpace, Keys, Tier, Usage
 from penstock.tiers.memory_client import BlockClient
@@ -114,19 +115,20 @@ class MemoryTier(Tier):
         return self._server.child_pid
 
     def holds(self, space: BlockSpace, keys: Keys, deadline: float) -> npt.NDArray[np.bool_]:
-        self._require_open(deadline)
-        return self._client.holds(space, keys)
+        with self._open(deadline):
+            return self._client.holds(space, keys)
 
     def write(self, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:
-        self._require_open(deadline)
-        return self._client.write(batch, deadline)
+        with self._open(deadline):
+            return self._client.write(batch, deadline)
 
     def read(self, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:
-        self._require_open(deadline)
-        return self._client.read(batch, deadline)
+        with self._open(deadline):
+            return self._client.read(batch, deadline)
 
     def remove(self, space: BlockSpace, keys: Keys, deadline: float) -> None:
-        self._require_open(deadline)
+        with self._open(deadline):
+            self._client.remove(space, keys, deadline)
 
     def touch(self, space: BlockSpace, keys: Keys) -> None:
         if not self._closed:
@@ -142,11 +144,16 @@ class MemoryTier(Tier):
         """Leave; the keeper stops if this tier started it, and the segment stays with what it holds."""
         if not self._closed:
             self._closed = True
-            self._client.close()
             self._server.close()
+            self._client.close()
 
-    def _require_open(self, deadline: float) -> None:
+    @contextlib.contextmanager
+    def _open(self, deadline: float) -> Iterator[None]:
         if self._closed:
             raise TierUnavailable(f"the memory tier {self.name!r} is closed")
         if time.monotonic() >= deadline:
             raise TierTimeout(f"the memory tier {self.name!r}: the deadline is over")
+        try:
+            yield
+        except PoolClosed as error:  # by `close`, or because somebody replaced the segment
+            raise TierUnavailable(f"the memory tier {self.name!r} was closed or replaced meanwhile") from error

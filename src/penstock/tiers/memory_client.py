@@ -7,14 +7,16 @@ reads, the keeper checks what it commits. Does not cover where that keeper comes
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, cast
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
 
-from penstock.errors import KeeperError, PoolClosed, TierTimeout, TierUnavailable
+from penstock.errors import KeeperError, TierTimeout, TierUnavailable
 from penstock.pool.attachment import Attachment
 from penstock.pool.client import Pool
 from penstock.pool.copies import scatter  # compiled here, so that no call waits for it
@@ -31,12 +33,13 @@ from penstock.pool.layout import (
     SlotState,
 )
 from penstock.pool.lease import Lease
+from penstock.pool.link import SocketLink
 from penstock.pool.reader import COUNT_BITS, COUNT_MASK, HEAD_BITS, HEAD_MASK, match
 from penstock.pool.removals import is_resident
 from penstock.pool.reservation import Reservation
 from penstock.pool.spaces import read_spaces
 from penstock.pool.tensors import TensorMap
-from penstock.pool.wire import SpaceOf
+from penstock.pool.wire import Forget, SpaceOf
 from penstock.tiers.base import Batch, BlockSpace, Found, Keys, Placed, Usage
 from penstock.types import Miss
 
@@ -46,6 +49,10 @@ __all__ = ["BlockClient"]
 CHUNK = 32
 # Slots and payloads start at multiples of this: what copies past the cache need.
 _ALIGNMENT = 64
+# How long a block that is to be removed and is being read is left alone.
+_LEASED_PAUSE_S = 0.002
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -199,10 +206,7 @@ class BlockClient:
                 return which[:0]
             taken = which[:n]
             self._fill(lodging, reservation, batch, taken)
-            try:
-                published = self._publish(lodging, reservation, batch, taken, deadline)
-            except PoolClosed as error:
-                raise TierUnavailable("the memory's pool was closed or replaced meanwhile; ask again") from error
+            published = self._publish(lodging, reservation, batch, taken, deadline)
         return taken[:published]
 
     def _fill(self, lodging: _Lodging, reservation: Reservation, batch: Batch, which: npt.NDArray[np.intp]) -> None:
@@ -236,6 +240,35 @@ class BlockClient:
         reservation._keep_from(done)
         return done
 
+    # ---- away
+
+    def remove(self, space: BlockSpace, keys: Keys, deadline: float) -> None:
+        """Have blocks evicted, with what continues their chains, as soon as nobody leases them.
+
+        Raises TierTimeout where that is not before the deadline, TierUnavailable.
+        """
+        pool = self.pool
+        if self._known(space) is None or not len(keys):
+            return
+        if not isinstance(pool._link, SocketLink):
+            raise TierUnavailable("the memory's keeper is not reached by a socket")
+        request = Forget(space.digest, np.ascontiguousarray(keys).tobytes())
+        while self._ask(partial(pool._link.forget, request), deadline):
+            if time.monotonic() + _LEASED_PAUSE_S >= deadline:
+                raise TierTimeout("a block that is to be removed is being read")
+            time.sleep(_LEASED_PAUSE_S)
+
+    def _ask(self, question: Callable[[], T], deadline: float) -> T:
+        """Ask the keeper, on a thread: one that is stopped answers nothing, and questions have no deadline."""
+        try:
+            return self._asking.submit(question).result(max(0.0, deadline - time.monotonic()))
+        except TimeoutError as error:
+            raise TierTimeout("the memory's keeper did not answer by the deadline") from error
+        except KeeperError as error:
+            raise TierUnavailable(f"the memory's keeper: {error}") from error
+        except RuntimeError as error:
+            raise TierUnavailable("the memory tier is closed") from error
+
     # ---- spaces
 
     def _known(self, space: BlockSpace) -> _Lodging | None:
@@ -263,22 +296,14 @@ class BlockClient:
             space.digest, space.root, space.block_bytes, space.block_tokens, space.n_segments, space.segment_bytes,
             space.label,
         )  # fmt: skip
-        # On a thread of its own: a keeper that is stopped answers nothing, and the question has no deadline.
-        asked = self._asking.submit(self.pool._link.space, request)
-        try:
-            asked.result(max(0.0, deadline - time.monotonic()))
-        except TimeoutError as error:
-            raise TierTimeout("the memory's keeper gave the space no number by the deadline") from error
-        except KeeperError as error:
-            raise TierUnavailable(f"the memory's keeper: {error}") from error
+        self._ask(partial(self.pool._link.space, request), deadline)
         known = self._known(space)
         if known is None:
             raise TierUnavailable("the memory's pool was replaced meanwhile; ask again")
         return known
 
     def close(self) -> None:
-        """Leave the pool. Idempotent."""
-        self.pool.close()
+        """Ask nothing any more. The pool is closed by whoever opened it."""
         self._asking.shutdown(wait=False)
 
 
