@@ -232,7 +232,7 @@ def test_any_process_reads_it_in_place(own: MemoryTier) -> None:
             assert np.array_equal(memory, contents(keys.array, space.block_bytes))
             assert np.array_equal(lease.views(3), memory[3])
             # What is read in place is not evicted meanwhile.
-            with pytest.raises(TierTimeout, match="being read|answer"):
+            with pytest.raises(TierTimeout, match=r"being read|answer"):
                 own.remove(space, keys.array[5:], soon(0.05))
         own.remove(space, keys.array, soon())
         assert not own.holds(space, keys.array, soon()).any()

@@ -49,7 +49,7 @@ def test_a_file_stays_bound(through: str) -> None:
     library = None if through == "system calls" else numa._libnuma()
     try:
         os.ftruncate(fd, SIZE)
-        with mock.patch.object(numa, "_libnuma", lambda: library):
+        with mock.patch.object(numa, "_libnuma", return_value=library):
             numa.bind_file(fd, SIZE, 0)
         with mmap.mmap(fd, SIZE) as mapped:  # another mapping than the one that was bound
             mapped[:] = b"x" * SIZE
@@ -69,7 +69,7 @@ def test_processes_started_meanwhile_inherit_it(through: str) -> None:
         return subprocess.run(command, capture_output=True, text=True, check=True, env=environment()).stdout.strip()
 
     library = None if through == "system calls" else numa._libnuma()
-    with mock.patch.object(numa, "_libnuma", lambda: library), numa.binding(0):
+    with mock.patch.object(numa, "_libnuma", return_value=library), numa.binding(0):
         assert policy() == "bind:0"
     assert policy() == "default"
 
