@@ -38,7 +38,7 @@ def serve(
     where = path or segments.default_path(name)
     geometry = None
     if not segments.exists(where):
-        size_bytes = parse_size(size) if size else default_size(where.parent)
+        size_bytes = parse_size(size) if size else _default_bytes(where)
         geometry = plan_geometry(size_bytes, slab_bytes=parse_size(slab) if slab else None)
     elif size:
         logging.getLogger("penstock.keeper").warning(
@@ -54,6 +54,10 @@ def serve(
     mib = server.segment.geometry.total_bytes // MIB
     logging.getLogger("penstock.keeper").info("pool %s: %d MiB at %s", name, mib, where)
     server.run()
+
+
+def _default_bytes(path: Path) -> int:
+    return segments.device_bytes(path) if path.is_char_device() else default_size(path.parent)
 
 
 def _end_with(parent: int, server: Server) -> None:
