@@ -97,7 +97,7 @@ class TestSuite(TierSuite):
     """Four of the suite's tests ask for what a pool does not do; they stand below as it does it."""
 
     survives_reopen = True
-    examples = 8
+    examples = 5
 
     @pytest.fixture(autouse=True)
     def _keepers(self) -> Iterator[None]:

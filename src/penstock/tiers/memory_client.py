@@ -19,6 +19,7 @@ import numpy.typing as npt
 from penstock.errors import KeeperError, TierTimeout, TierUnavailable
 from penstock.pool.attachment import Attachment
 from penstock.pool.client import Pool
+from penstock.pool.context import K_COMMITTED, K_WRITTEN_BYTES
 from penstock.pool.copies import scatter  # compiled here, so that no call waits for it
 from penstock.pool.counting import keeper_counters
 from penstock.pool.keeper_context import G_APPLIED, G_EVICTED, G_REPEATED
@@ -236,6 +237,8 @@ class BlockClient:
         done = pool._put(at, rows)
         while done < n and pool._wait_for_keeper(at, deadline):
             done += pool._put(at, rows[done:])
+        pool._count(at, K_COMMITTED, done)
+        pool._count(at, K_WRITTEN_BYTES, done * lodging.block_bytes)
         reservation._grants.used(lodging.slot_class, done)
         reservation._keep_from(done)
         return done

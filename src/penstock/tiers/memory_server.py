@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from penstock.errors import ConfigError, NoKeeper, PenstockError, TierUnavailable
+from penstock.errors import ConfigError, KeeperError, NoKeeper, SegmentError, TierUnavailable
 from penstock.pool import segment as segments
 from penstock.pool.attaching import attach
 from penstock.pool.client import Pool
@@ -29,6 +29,8 @@ log = logging.getLogger("penstock.tiers.memory")
 # A first start on a machine compiles the kernels.
 START_WITHIN_S = 120.0
 _LOOK_AGAIN_S = 0.02
+# After a child ended by itself: how long somebody else's keeper may take to answer.
+_ELSE_WITHIN_S = 1.0
 # Between two starts of a child that died, doubling up to the longest.
 _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.05, 5.0
 # How often a keeper that is not a child of this process is looked after.
@@ -85,13 +87,21 @@ class MemoryServer:
         return None if child is None else child.pid
 
     def _join(self, until: float) -> Pool:
+        said = ""
         while True:
             try:
                 return self._attached()
             except NoKeeper:
-                self._need_child()
+                pass
+            except (KeeperError, SegmentError) as error:
+                raise TierUnavailable(f"{self._serving.path}: {error}") from error
             if time.monotonic() >= until:
-                raise TierUnavailable(f"no keeper for {self._serving.path} within {START_WITHIN_S:.0f} s")
+                raise TierUnavailable(
+                    f"{self._serving.path} cannot be served: {said or f'no keeper within {START_WITHIN_S:.0f} s'}"
+                )
+            if not said and (said := self._need_child()):
+                # Another process may have been first, and serves in a moment.
+                until = min(until, time.monotonic() + _ELSE_WITHIN_S)
             self._closing.wait(_LOOK_AGAIN_S)
 
     def _attached(self) -> Pool:
@@ -102,7 +112,7 @@ class MemoryServer:
             segment.close()
             if segment.uuid == pool.uuid:
                 return pool
-        except PenstockError:
+        except BaseException:
             pool.close()
             raise
         pool.close()
@@ -111,16 +121,14 @@ class MemoryServer:
             "pool="
         )
 
-    def _need_child(self) -> None:
-        """Start a child unless one is on its way. Raises TierUnavailable if it ended by itself."""
+    def _need_child(self) -> str:
+        """Start a child unless one is on its way. Its last words if it ended by itself."""
         with self._changing:
-            if self._closing.is_set():
-                raise TierUnavailable("the memory tier is closed")
             if self._child is None:
                 self._start()
             elif self._child.poll() is not None:
-                said = self._end_child()
-                raise TierUnavailable(f"{self._serving.path} cannot be served: {said}")
+                return self._end_child()
+        return ""
 
     def _start(self) -> None:
         self._child = subprocess.Popen(
@@ -142,7 +150,7 @@ class MemoryServer:
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
-        self._listener.join()
+        self._listener.join(_STOP_WITHIN_S)  # what it started may still have its end of the pipe
         return self._listener.last
 
     # ---- afterwards
