@@ -101,8 +101,11 @@ class Crew:
         finally:
             self._leave(ends, open_calls)
 
-    def close(self, patience_s: float = 1.0) -> None:
-        """Wake everybody who waits (they get TierUnavailable) and give running calls a moment to end. Idempotent."""
+    def close(self, patience_s: float = 1.0) -> bool:
+        """Wake everybody who waits (they get TierUnavailable) and give running calls a moment to end. Idempotent.
+
+        Returns whether all of them did.
+        """
         end = time.monotonic() + patience_s
         with self._lock:
             self._state.closed = True
@@ -112,6 +115,7 @@ class Crew:
             self._work.notify_all()
             while self._state.threads + self._state.left and (wait_s := end - time.monotonic()) > 0:
                 self._work.wait(wait_s)
+            return self._state.threads + self._state.left == 0
 
     def _enter(self, ends: SimpleQueue[Ended[T] | None]) -> None:
         with self._lock:
