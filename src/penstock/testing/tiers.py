@@ -241,7 +241,8 @@ class TierSuite:
             before = (buffers.snapshot(), keys.tobytes(), batch.parents.tobytes(), batch.roots.tobytes())
             for _ in range(2):
                 tier.write(batch, self.deadline())
-            assert before == (buffers.snapshot(), keys.tobytes(), batch.parents.tobytes(), batch.roots.tobytes())
+                after = (buffers.snapshot(), keys.tobytes(), batch.parents.tobytes(), batch.roots.tobytes())
+                assert after == before
 
     def test_reading_writes_into_the_buffers_only(self, tier: Tier) -> None:
         for number, size in enumerate(self.sizes):
@@ -490,7 +491,7 @@ class TierSuite:
             machine,
             settings=settings(
                 max_examples=self.examples,
-                stateful_step_count=30,
+                stateful_step_count=40,
                 deadline=None,
                 derandomize=True,
                 suppress_health_check=list(HealthCheck),

@@ -37,6 +37,7 @@ PIECE_BYTES = 8 << 20
 """A piece is read, verified and committed as one: large enough to fill a device, small enough to give up."""
 PIECES_AT_ONCE = 3
 _RESTARTS = 4
+_U64 = (1 << 64) - 1
 _WAIT_S = 0.02
 """How often a waiting fetch looks whether its client is still there."""
 
@@ -274,7 +275,7 @@ class _Run:
                 self._came_back(piece, got)
 
         piece.transfer = self._places.workers.submit(
-            tier.number, order.urgency, order.said[1], n * self._space.block_bytes, order.deadline, read
+            tier.number, order.urgency, order.said[1] & _U64, n * self._space.block_bytes, order.deadline, read
         )
         self._pieces.append(piece)
 
