@@ -121,6 +121,8 @@ Reply = Welcome | SpaceIs | Ok | Json | Error
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
+# Texts that are not UTF-8 and maps nested thousands deep are told in errors of their own.
+_NONSENSE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -152,7 +154,7 @@ class FrameReader:
             del self._buffer[: _LENGTH.size + length]
             try:
                 messages.append(self._decoder.decode(body))
-            except msgspec.DecodeError as error:
+            except _NONSENSE as error:
                 raise KeeperError(f"not a message: {error}") from error
         return messages
 
@@ -208,7 +210,7 @@ class Connection:
             if length > MAX_FRAME:
                 raise KeeperError("the keeper's answer is not one; is something else behind its socket?")
             reply = _replies.decode(self._receive(length))
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *_NONSENSE) as error:
             for fd in fds:
                 os.close(fd)
             # An answer that comes later would be taken for the next question's.
