@@ -48,7 +48,7 @@ class Bringer:
     def computed(self, n_tokens: int, before: int, seconds: float) -> None:
         """The engine computed this many tokens after `before` others in this time."""
         with self._lock:
-            self._prefill.observe(n_tokens, before, seconds)
+            self._prefill.add(n_tokens, before, seconds)
 
     def prefill_s(self, n_tokens: int, before: int) -> float:
         """Seconds that the engine would take."""
