@@ -35,10 +35,10 @@ help: ## list the targets
 demo: $(STAMPS)/demo ## two engine processes share a model's KV through one pool (DEMO_ARGS=...)
 	$(BIN)/penstock demo $(DEMO_ARGS)
 
-test: $(STAMPS)/dev ## the tests (TEST_ARGS=...)
+test: $(STAMPS)/dev $(STAMPS)/servers ## the tests (TEST_ARGS=...)
 	$(BIN)/python -m pytest -q $(TEST_ARGS)
 
-test-faults: $(STAMPS)/dev ## the fault tests with their full counts
+test-faults: $(STAMPS)/dev $(STAMPS)/servers ## the fault tests with their full counts
 	PENSTOCK_TEST_SCALE=full $(BIN)/python -m pytest -q -m faults \
 		-o timeout=1500 -o faulthandler_timeout=1620 $(TEST_ARGS)
 
@@ -85,6 +85,11 @@ $(STAMPS)/demo: $(STAMPS)/torch pyproject.toml $(CONSTRAINTS)
 $(STAMPS)/dev: $(STAMPS)/demo
 	@echo "installing what the tests and checks need"
 	@$(INSTALL) -e '.[demo,dev]'
+	@touch $@
+
+# Not root, or no apt: it says so, and the tests that need a server skip.
+$(STAMPS)/servers: $(STAMPS)/venv scripts/install.py
+	@$(BIN)/python scripts/install.py servers
 	@touch $@
 
 $(ENGINES_STAMPS)/vllm: $(ENGINES_STAMPS)/venv scripts/install.py $(ENGINES_CONSTRAINTS)

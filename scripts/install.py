@@ -1,8 +1,9 @@
-"""The steps of an installation that pip cannot decide alone: the environment, PyTorch's build and vLLM's.
+"""The steps of an installation that pip cannot decide alone: the environment, PyTorch's build, vLLM's, and servers.
 
     python scripts/install.py venv DIR    with any Python >= 3.11: create DIR unless it works already
     DIR/bin/python scripts/install.py torch    install PyTorch into DIR unless it imports already
     DIR/bin/python scripts/install.py vllm -c FILE    install vLLM into DIR unless the tested version is there
+    DIR/bin/python scripts/install.py servers    make real servers available to the tests, where that is allowed
 
 Standard library only. Everything else is installed by the Makefile from pyproject.toml.
 
@@ -188,6 +189,60 @@ def install_vllm(*options: str) -> None:
         raise SystemExit(f"{', '.join(VLLM_UNWANTED)} could not be removed; pip's messages above say why.")
 
 
+# --- servers for the tests ------------------------------------------------------------------------------
+
+# Debian's and Ubuntu's tools packages carry the server itself: the checker of dump files is the same program, which
+# serves when it is called by the server's name. The server's own package adds that link and a service that starts at
+# once and at every boot, which the tests neither need nor may leave behind.
+VALKEY_PACKAGES = {
+    "valkey-tools": ("valkey-check-rdb", "valkey-server"),
+    "redis-tools": ("redis-check-rdb", "redis-server"),
+}
+
+
+def apt_install(package: str) -> bool:
+    """Installs a package that starts no service. False where apt does not have it."""
+    apt = ("apt-get", "-qq", "-o", "DPkg::Lock::Timeout=120")
+    environment = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    command = (*apt, "install", "--yes", "--no-install-recommends", package)
+    for before in ((), (*apt, "update")):  # its lists may be missing or too old to find the package
+        if before and not run(*before, quiet=True):
+            return False
+        if subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0:
+            return True
+    return False
+
+
+def valkey_server() -> str | None:
+    """A Valkey or Redis server that runs here: beside this Python, or on PATH."""
+    where = os.pathsep.join((str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)))
+    for name in ("valkey-server", "redis-server"):
+        found = shutil.which(name, path=where)
+        if found is not None and run(found, "--version", quiet=True):
+            return found
+    return None
+
+
+def install_servers() -> None:
+    """Makes a Valkey or Redis server available to the tests unless one is. Never fails: tests that need it skip."""
+    if valkey_server() is not None:
+        return
+    if os.geteuid() == 0 and shutil.which("apt-get"):
+        print("installing a Valkey or Redis server for the tests (no service is started)", flush=True)
+        for package, (checker, name) in VALKEY_PACKAGES.items():
+            if apt_install(package) and (program := shutil.which(checker)):
+                link = Path(sys.executable).parent / name
+                link.unlink(missing_ok=True)
+                link.symlink_to(program)
+                if valkey_server() is not None:
+                    return
+    print(
+        "note: there is no Valkey or Redis server here and none could be installed, so the tests that need one skip.\n"
+        "On Debian or Ubuntu: apt-get install redis-server. A later `make test` finds it.",
+        flush=True,
+    )
+
+
 def main(arguments: Sequence[str]) -> None:
     """Runs the step that `arguments` name."""
     parser = argparse.ArgumentParser(description="environment and PyTorch for the Makefile")
@@ -196,6 +251,7 @@ def main(arguments: Sequence[str]) -> None:
     steps.add_parser("torch", help="install PyTorch into the running environment")
     vllm = steps.add_parser("vllm", help="install vLLM into the running environment")
     vllm.add_argument("-c", "--constraint", help="a file of versions for pip", required=True)
+    steps.add_parser("servers", help="make real servers available to the tests, where that is allowed")
     options = parser.parse_args(arguments)
     if options.step == "venv":
         make_venv(options.folder)
@@ -203,6 +259,8 @@ def main(arguments: Sequence[str]) -> None:
         raise SystemExit(f"run this with the environment's Python: .venv/bin/python scripts/install.py {options.step}")
     elif options.step == "torch":
         install_torch()
+    elif options.step == "servers":
+        install_servers()
     else:
         install_vllm("-c", options.constraint)
 

@@ -82,10 +82,7 @@ class Daemon:
         """Start it and wait until it is ready. One that ends instead (its port was taken) is started anew."""
         assert self.process is None
         for left in reversed(range(tries)):
-            with (self.folder / f"{self.name}.log").open("ab") as sink:
-                self.process = subprocess.Popen(
-                    self.command(), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
-                )
+            self.launch()
             try:
                 until(lambda: self._gone() or self.ready(), f"{self.name} is ready")
             except BaseException:
@@ -98,6 +95,13 @@ class Daemon:
             assert left, f"{self.name} ended at once:\n{self.log[-2000:]}"
             if not self.settled:
                 self.move()
+
+    def launch(self) -> None:
+        """Start it without waiting for it."""
+        with (self.folder / f"{self.name}.log").open("ab") as sink:
+            self.process = subprocess.Popen(
+                self.command(), cwd=self.folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=subprocess.STDOUT
+            )
 
     def stop(self) -> None:
         """SIGTERM: the orderly end, in which it saves what it saves."""
@@ -200,6 +204,13 @@ class ValkeyServer(Daemon):
         except OSError:
             return False
 
+    def listening(self) -> bool:
+        """Whether it answers anything at all, be it that it is not ready."""
+        try:
+            return bool(self._over_unix("PING"))
+        except OSError:
+            return False
+
     def save(self) -> None:
         """Write everything to `folder`/dump.rdb, which the next start loads."""
         assert self._over_unix("SAVE") == b"+OK\r\n"
@@ -212,6 +223,12 @@ class ValkeyServer(Daemon):
         """The names of all it holds."""
         return self._over_unix("KEYS", "*").decode().split("\r\n")[2::2]
 
+    def ask(self, *words: str | bytes) -> str:
+        """What it answers to one command, in short; fails where that is an error."""
+        answer = self._over_unix(*words).decode(errors="replace")
+        assert not answer.startswith("-"), (words, answer)
+        return answer
+
     def _over_unix(self, *words: str | bytes) -> bytes:
         """One command and the first of its answer, without a client library between."""
         with socket.socket(socket.AF_UNIX) as link:
@@ -222,6 +239,111 @@ class ValkeyServer(Daemon):
                 link.recv(4096)
             link.sendall(_encode(*words))
             return link.recv(1 << 16)
+
+
+class ValkeyCluster:
+    """Three primaries with a third of the slots each, and a replica of the first one."""
+
+    NODE_TIMEOUT_MS = 1000
+
+    def __init__(self, folder: Path) -> None:
+        self.servers = [self._member(folder / str(number)) for number in range(4)]
+
+    @property
+    def replica(self) -> ClusterMember:
+        return self.servers[3]
+
+    @property
+    def location(self) -> str:
+        """As in a tier's address, of the two that no test kills and one that some do."""
+        return "//" + ",".join(f"{LOOPBACK}:{each.port}" for each in self.servers[:3])
+
+    def start(self) -> None:
+        """Start all, and wait until every one of them sees the whole cluster."""
+        for each in self.servers:
+            each.start()
+        first = self.servers[0]
+        for number, each in enumerate(self.servers[:3]):
+            each.ask("CLUSTER", "ADDSLOTSRANGE", *map(str, ((16384 * number) // 3, 16384 * (number + 1) // 3 - 1)))
+            # Without epochs of their own, two that meet would have to settle whose is higher.
+            each.ask("CLUSTER", "SET-CONFIG-EPOCH", str(number + 1))
+        for each in self.servers[1:]:
+            each.ask("CLUSTER", "MEET", LOOPBACK, str(first.port), str(first.bus))
+        until(lambda: all("cluster_known_nodes:4" in self.info(each) for each in self.servers), "they know each other")
+        self.replica.ask("CLUSTER", "REPLICATE", self.node_id(first))
+        until(self.whole, "the cluster is whole")
+
+    def whole(self) -> bool:
+        """Whether every node that runs sees all slots served, and the replica follows."""
+        running = [each for each in self.servers if each.process is not None]
+        states = all("cluster_state:ok" in self.info(each) for each in running)
+        return states and all(
+            "master_link_status:up" in each.ask("INFO", "replication")
+            for each in running
+            if "role:slave" in each.ask("INFO", "replication")
+        )
+
+    def info(self, server: ValkeyServer) -> str:
+        return server.ask("CLUSTER", "INFO")
+
+    def node_id(self, server: ValkeyServer) -> str:
+        return server.ask("CLUSTER", "MYID").split("\r\n")[1]
+
+    def kill(self) -> None:
+        for each in self.servers:
+            each.kill()
+
+    def __enter__(self) -> ValkeyCluster:
+        try:
+            self.start()
+        except BaseException:
+            self.kill()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.kill()
+
+    def _member(self, folder: Path) -> ClusterMember:
+        folder.mkdir()
+        return ClusterMember(
+            folder, "--cluster-enabled", "yes", "--cluster-node-timeout", str(self.NODE_TIMEOUT_MS),
+            "--repl-diskless-sync-delay", "0", "--maxmemory", "256mb",
+        )  # fmt: skip
+
+
+class ClusterMember(ValkeyServer):
+    """A server with a second port, on which the cluster's nodes talk to each other."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        super().__init__(folder, *options)
+        self.bus = free_port()
+
+    def move(self) -> None:
+        super().move()
+        self.bus = free_port()
+
+    def command(self) -> Sequence[str]:
+        return [*super().command(), "--cluster-port", str(self.bus)]
+
+
+def make_certificates(folder: Path) -> tuple[Path, Path, Path]:
+    """Files of a CA's certificate, and of a certificate that it signed for loopback, with its key."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("no openssl program: apt-get install openssl")
+    authority, certificate, key = folder / "ca.pem", folder / "server.pem", folder / "server.key"
+    request, names, secret = folder / "server.csr", folder / "names", folder / "ca.key"
+    names.write_text(f"subjectAltName=IP:{LOOPBACK},DNS:localhost\n")
+    new_key = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes")
+    for words in (
+        ("req", "-x509", *new_key, "-keyout", secret, "-out", authority, "-days", "2", "-subj", "/CN=test CA"),
+        ("req", *new_key, "-keyout", key, "-out", request, "-subj", "/CN=test server"),
+        ("x509", "-req", "-in", request, "-CA", authority, "-CAkey", secret, "-CAcreateserial", "-out", certificate,
+         "-days", "2", "-extfile", names),
+    ):  # fmt: skip
+        subprocess.run([openssl, *map(str, words)], check=True, capture_output=True, timeout=PATIENCE_S)
+    return authority, certificate, key
 
 
 def _encode(*words: str | bytes) -> bytes:

@@ -44,6 +44,8 @@ _MAX_IDLE = 4
 _SEND_S = 0.2
 # A fetch ends itself at its deadline; this much later the client stops waiting for it to say so.
 _GRACE_S = 0.05
+# The longest wait that is one; sockets take no larger numbers, and infinity least of all.
+_MAX_WAIT_S = 3600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,11 +84,11 @@ class TierLine:
 
     def locate(self, uuid: bytes, space: int, keys: npt.NDArray[np.uint64], wait_s: float) -> Below:
         """Ask where blocks are; waits at most about `wait_s`."""
-        keys = keys[:MAX_KEYS]
+        wait_s = _bounded(wait_s)
         deadline = time.monotonic() + wait_s
         try:
-            answer = self._ask(LocateOf(uuid, space, keys.tobytes(), wait_s), deadline + _GRACE_S)
-        except TimeoutError:
+            answer = self._ask(LocateOf(uuid, space, keys[:MAX_KEYS].tobytes(), wait_s), deadline + _GRACE_S)
+        except (TimeoutError, BlockingIOError):
             return Below(0, why=FetchEnd.DEADLINE)
         except (OSError, KeeperError):
             return Below(0, why=FetchEnd.NO_TIERS)
@@ -105,11 +107,12 @@ class TierLine:
         intent: list[int],
     ) -> Fetch:
         """Start bringing blocks. Returns at once."""
+        wait_s = _bounded(wait_s)
         deadline = time.monotonic() + wait_s
         question = FetchOf(uuid, space, keys[:MAX_KEYS].tobytes(), parent, wait_s, urgency, intent)
         try:
             connection = self._send(question, min(deadline, time.monotonic() + _SEND_S))
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             return Fetch(self, None, deadline, FetchEnd.BUSY)
         except OSError:
             return Fetch(self, None, deadline, FetchEnd.NO_TIERS)
@@ -185,7 +188,7 @@ class TierLine:
             connection.connect(os.fspath(tier_socket(self.name)))
         except OSError as error:
             connection.close()
-            if not isinstance(error, TimeoutError):
+            if not isinstance(error, (TimeoutError, BlockingIOError)):  # more who wait than may: it is there
                 self._absent_until, self.present = now + _ABSENT_FOR_S, False
             raise
         self.present = True
@@ -236,7 +239,7 @@ class Fetch:
     def wait(self, timeout_s: float | None = None) -> FetchEnd:
         """Wait until it ends: at its deadline at the latest, or after `timeout_s` (then `done` is False)."""
         limit = self._deadline + _GRACE_S
-        until = limit if timeout_s is None else min(limit, time.monotonic() + timeout_s)
+        until = limit if timeout_s is None else min(limit, time.monotonic() + _bounded(timeout_s))
         while not self.done:
             left = until - time.monotonic()
             if not self._listen(max(0.0, left)) and left <= 0:
@@ -312,6 +315,11 @@ class _Answers:
                 raise ConnectionResetError("the mover hung up")
             self._ready = self._reader.feed(data)
         return self._ready.pop(0)
+
+
+def _bounded(wait_s: float) -> float:
+    """A wait as it is meant: 0 for what is negative or no number."""
+    return min(wait_s, _MAX_WAIT_S) if wait_s > 0 else 0.0
 
 
 def _sent(connection: socket.socket, frame: bytes, deadline: float) -> socket.socket:

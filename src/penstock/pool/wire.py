@@ -19,7 +19,20 @@ import msgspec
 
 from penstock.errors import ConfigError, KeeperError, NoKeeper, NotOurs
 
-__all__ = ["Confirm", "Error", "Hello", "Json", "Names", "Ok", "Query", "Request", "SpaceIs", "SpaceOf", "Welcome"]
+__all__ = [
+    "Confirm",
+    "Error",
+    "Forget",
+    "Hello",
+    "Json",
+    "Names",
+    "Ok",
+    "Query",
+    "Request",
+    "SpaceIs",
+    "SpaceOf",
+    "Welcome",
+]
 
 PROTOCOL = 1
 MAX_FRAME = 1 << 20
@@ -75,6 +88,14 @@ class Names(msgspec.Struct, frozen=True, tag="names", forbid_unknown_fields=True
     names: dict[int, str]
 
 
+class Forget(msgspec.Struct, frozen=True, tag="forget", forbid_unknown_fields=True):
+    """Evict these blocks of a space, and what continues their chains. Answered by `Json` with how many are `left`."""
+
+    digest: bytes
+    keys: bytes
+    """n x 16."""
+
+
 class Query(msgspec.Struct, frozen=True, tag="query", forbid_unknown_fields=True):
     """An administrative question: stat, ls, fsck, or kick with a client's lane as argument."""
 
@@ -94,12 +115,14 @@ class Error(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields=True
     text: str
 
 
-Request = Hello | Confirm | SpaceOf | Names | Query
+Request = Hello | Confirm | SpaceOf | Names | Forget | Query
 Reply = Welcome | SpaceIs | Ok | Json | Error
 
 _encoder = msgspec.msgpack.Encoder()
 _requests = msgspec.msgpack.Decoder(Request)
 _replies = msgspec.msgpack.Decoder(Reply)
+# Texts that are not UTF-8 and maps nested thousands deep are told in errors of their own.
+_NONSENSE = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 
 
 def encode(message: msgspec.Struct) -> bytes:
@@ -131,7 +154,7 @@ class FrameReader:
             del self._buffer[: _LENGTH.size + length]
             try:
                 messages.append(self._decoder.decode(body))
-            except msgspec.DecodeError as error:
+            except _NONSENSE as error:
                 raise KeeperError(f"not a message: {error}") from error
         return messages
 
@@ -187,7 +210,7 @@ class Connection:
             if length > MAX_FRAME:
                 raise KeeperError("the keeper's answer is not one; is something else behind its socket?")
             reply = _replies.decode(self._receive(length))
-        except (OSError, msgspec.DecodeError) as error:
+        except (OSError, *_NONSENSE) as error:
             for fd in fds:
                 os.close(fd)
             # An answer that comes later would be taken for the next question's.

@@ -66,18 +66,27 @@ class MoverChild:
     def tend(self) -> None:
         """Start the mover if it does not run and its pause is over. Called every second.
 
-        Raises ConfigError when the mover says that its plan can never work.
+        Raises ConfigError when the first mover says that its plan can never work. What a later one meets is a change
+        of its surroundings, which is no reason to end a pool that engines use.
         """
         now = time.monotonic()
         if self._process is not None and (status := self._process.poll()) is not None:
             self._ended(status, now)
         if self._process is None and now >= self._next_start:
-            self._start(now)
+            try:
+                self._start(now)
+            except OSError as error:  # too many processes or open files just now: no reason to end the pool
+                self._drop()
+                self._wait(now)
+                log.error("the mover cannot be started: %s; tried again in %.1f s", error, self._pause_s)
+        elif self._feed is not None:
+            self._feed.tell_loss()
 
     def _start(self, now: float) -> None:
         ours, theirs = feed_pair()
         self.restarts += 1
         command = [sys.executable, "-m", "penstock.runtime.mover", self._name, str(theirs.fileno()), str(self.restarts)]
+        self._feed = FeedWriter(ours)
         with theirs:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, pass_fds=(theirs.fileno(),), preexec_fn=_dying_with(os.getpid())
@@ -85,19 +94,21 @@ class MoverChild:
         assert self._process.stdin is not None
         with self._process.stdin as plan, contextlib.suppress(BrokenPipeError):
             plan.write(msgspec.json.encode(self._plan) + b"\n")
-        self._feed = FeedWriter(ours)
         self._feed.gap()
         self._started_s = now
 
     def _ended(self, status: int, now: float) -> None:
         self._drop()
-        if status == BAD_PLAN:
+        if status == BAD_PLAN and not self.restarts:
             raise ConfigError("the tiers cannot be used as they were given; the mover's message above says why")
-        self._pause_s = (
-            _FIRST_PAUSE_S if now - self._started_s > _HEALTHY_S else min(2 * self._pause_s, _LONGEST_PAUSE_S)
-        )
-        self._next_start = now + self._pause_s
+        self._wait(now)
         log.error("the mover ended with %d; it is started again in %.1f s", status, self._pause_s)
+
+    def _wait(self, now: float) -> None:
+        """Pause before the next start: longer after each one that did not live long."""
+        lived = now - self._started_s > _HEALTHY_S
+        self._pause_s = _FIRST_PAUSE_S if lived else min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        self._next_start = now + self._pause_s
 
     def _drop(self) -> None:
         if self._feed is not None:

@@ -21,6 +21,7 @@ CHAIN, VERSIONS = 5, range(3)
 """Few blocks, so that the same ones are written, removed and written again."""
 
 spaces = st.integers(0, 2)
+versions = st.sampled_from(VERSIONS)
 picks = st.permutations(range(CHAIN)).flatmap(lambda order: st.integers(1, CHAIN).map(lambda n: order[:n]))
 
 
@@ -46,7 +47,7 @@ class TierMachine(RuleBasedStateMachine):
         chains = [block_keys(self.spaces[max(number, 1)], 0, CHAIN) for number in range(len(sizes))]
         self.keys: list[Keys] = chains
         self.model = [[_Known() for _ in range(CHAIN)] for _ in sizes]
-        self.n_writes = 0
+        self.n_replaced = 0
         self.tier = self.suite.open_tier()
         self.others = self.tier.usage().blocks
 
@@ -58,10 +59,8 @@ class TierMachine(RuleBasedStateMachine):
         parents = parents_of(self.spaces[space], keys)
         return self.spaces[space], keys[pick], parents[pick], [self.model[space][i] for i in pick]
 
-    @rule(space=spaces, pick=picks)
-    def write(self, space: int, pick: list[int]) -> None:
-        self.n_writes += 1
-        version = VERSIONS[self.n_writes % len(VERSIONS)]
+    @rule(space=spaces, pick=picks, version=versions)
+    def write(self, space: int, pick: list[int], version: int) -> None:
         where, keys, parents, known = self.chosen(space, sorted(pick))
         buffers = Buffers(where, len(keys))
         placed = self.tier.write(filled(where, keys, version, parents=parents, buffers=buffers), self.deadline())
@@ -105,7 +104,8 @@ class TierMachine(RuleBasedStateMachine):
     def come_again(self, space: int, pick: list[int]) -> None:
         """Removed and written with other bytes: chance alone would do it too rarely."""
         self.remove(space=space, pick=pick)
-        self.write(space=space, pick=pick)
+        self.n_replaced += 1
+        self.write(space=space, pick=pick, version=VERSIONS[self.n_replaced % len(VERSIONS)])
         self.read(space=space, pick=pick)
 
     @rule(space=spaces, pick=picks)

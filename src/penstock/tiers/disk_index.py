@@ -212,11 +212,21 @@ class Index:
     def evict(self, slot_class: int, n: int) -> int:
         """Free up to n slots of the class, those whose blocks leave first. Returns how many."""
         out = np.empty(n, np.uint32)
-        found = self.brain.victims(slot_class, n, out)
-        return self._answer(out[:found].tolist())
+        freed, kept = 0, set[int]()
+        while freed < n and (found := self.brain.victims(slot_class, n - freed, out)):
+            stays = self._answer(out[:found].tolist())
+            freed += found - len(stays)
+            # What is kept counts as used now: once it comes round again there is nothing else.
+            if kept & stays:
+                break
+            kept |= stays
+        return freed
 
-    def _answer(self, victims: list[int]) -> int:
-        """Evict what nobody uses of the victims, children before parents; a parent of what stays, stays."""
+    def _answer(self, victims: list[int]) -> set[int]:
+        """Evict what nobody uses of the victims, children before parents; a parent of what stays, stays.
+
+        Returns what stays.
+        """
         parents = self.brain.facts.rows["parent"][victims].tolist()
         kept: set[int] = set()
         for unit, parent in zip(victims, parents, strict=True):
@@ -233,7 +243,7 @@ class Index:
         events["kind"] = [EventKind.KEPT if unit in kept else EventKind.EVICTED for unit in victims]
         self._observe(events)
         self.slots.give_back(gone)
-        return len(gone)
+        return kept & set(victims)
 
     def coldest(self, slot_class: int) -> Slab | None:
         """The slab of another class of which no block was used since the class's own oldest; None if there is none.

@@ -102,6 +102,8 @@ class Room:
     def find(self, space: int, slot_class: int, stride: int, names: list[bytes]) -> list[int]:
         """Units for these blocks, pinned; fewer where there is no room for the last ones."""
         units: list[int] = []
+        if _file_bytes(stride, self._slots_of(stride)) > self._geometry.size_bytes:
+            return units
         for _ in range(_MAX_ROUNDS):
             with self._lock:
                 new = []

@@ -42,6 +42,8 @@ __all__ = ["Counts", "Store"]
 
 _ROWS_APART = 64
 """Rows nearer than a page to each other are written with what lies between them."""
+_READ_ONLY_S = 1.0
+"""How long writes are refused after the file system said that it is read-only: each attempt evicts blocks first."""
 _SAVE_USES = 8192
 _SAVE_AFTER_S = 30.0
 """Uses are written to the rows after that many, or that long: a restart forgets later ones."""
@@ -82,6 +84,7 @@ class Store:
         counts.torn_rows += torn
         counts.dropped_rows += dropped
         self._lanes = Lanes()
+        self._read_only_until = 0.0
         self._saving = threading.Lock()
         self._saved_at = time.monotonic()
         self._saved_wear = self._wear_at_open = counts.written_bytes
@@ -186,7 +189,7 @@ class Store:
 
     def _number(self, space: BlockSpace) -> int:
         try:
-            if self.folder.read_only():
+            if time.monotonic() < self._read_only_until or self.folder.read_only():
                 raise OSError(errno.EROFS, "the file system is read-only")
             return self.folder.number(space)
         except OSError as error:
@@ -214,6 +217,8 @@ class Store:
             self._move(write_run, places, batch.payloads, codes)
             done = [i for i in missing if codes[i] == 0]
             unit_of = dict(zip(missing, units, strict=True))
+            if errno.EROFS in codes:
+                self._read_only_until = time.monotonic() + _READ_ONLY_S
             answer[missing] = [_placed(int(codes[i])) for i in missing]
             with self._lock:
                 mine = self.index.publish(
@@ -240,21 +245,21 @@ class Store:
         for slab, slots, numbers in places:
             with self._lock:
                 stale = not slab.clean[slots].all()
-            if stale and not self._flush([(slab, slots, numbers)]):
-                codes[numbers] = errno.EIO
+            if stale:
+                codes[numbers] = self._flush([(slab, slots, numbers)])
 
-    def _flush(self, places: list[Place]) -> bool:
-        """Write these slots' rows to disk, neighbours together. False (and counted) where that failed."""
-        good = True
+    def _flush(self, places: list[Place]) -> int:
+        """Write these slots' rows to disk, neighbours together. The errno of a failure, which is counted; 0 without."""
+        code = 0
         for slab, slots, _ in places:
             edges = [*np.flatnonzero(np.diff(slots, prepend=-_ROWS_APART) >= _ROWS_APART).tolist(), len(slots)]
             for first, stop in pairwise(edges):
                 try:
                     slab.flush(self._system, self._lock, int(slots[first]), int(slots[stop - 1]) + 1)
-                except OSError:
+                except OSError as error:
                     self._count_errors(1)
-                    good = False
-        return good
+                    code = error.errno or errno.EIO
+        return code
 
     def _move(
         self,

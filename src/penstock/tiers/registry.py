@@ -23,17 +23,27 @@ import msgspec
 from penstock.config import parse_size
 from penstock.errors import ConfigError
 from penstock.tiers.base import Tier
+from penstock.tiers.wrap import Slow
 from penstock.types import WriteRule
 
 __all__ = ["TierConfig", "open_tier", "options_of", "parse_tier", "register", "schemes"]
 
 _TIERS: dict[str, str] = {
+    "az": "penstock.tiers.objects_az",
     "disk": "penstock.tiers.disk",
     "redis": "penstock.tiers.valkey",
     "valkey": "penstock.tiers.valkey",
     "valkey+unix": "penstock.tiers.valkey",
+    "file": "penstock.tiers.objects_file",
+    "gs": "penstock.tiers.objects_gs",
+    "mooncake": "penstock.tiers.mooncake",
+    "s3": "penstock.tiers.objects_s3",
+    "memory": "penstock.tiers.memory",
 }
 """Scheme -> module with `open_tier(location, options, name) -> Tier` and `DEFAULT_WRITE: WriteRule`."""
+
+_COMMON = ("name", "write", "cap", "timeout", "latency", "bandwidth")
+"""Options that mean the same for every tier."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -51,6 +61,10 @@ class TierConfig:
     """Bytes a second that moves to and from it may take together; None for as many as it gives."""
     timeout_s: float = 1.0
     """How long a call that nobody waits for may take."""
+    slow_latency_s: float = 0.0
+    """For experiments: every call that reaches the device takes that much longer."""
+    slow_bytes_s: float | None = None
+    """For experiments: bytes a second that the device is slowed to."""
     options: dict[str, str] = field(default_factory=dict)
 
 
@@ -85,9 +99,11 @@ def parse_tier(address: str) -> TierConfig:
     name = options.pop("name", scheme)
     write = _write_rule(options.pop("write", None), scheme)
     cap = options.pop("cap", None)
+    timeout_s = _seconds(options.pop("timeout", "1"), "timeout")
+    latency, bandwidth = options.pop("latency", None), options.pop("bandwidth", None)
     return TierConfig(
-        scheme, location, name, write, float(parse_size(cap)) if cap else None,
-        _seconds(options.pop("timeout", "1"), "timeout"), options,
+        scheme, location, name, write, float(parse_size(cap)) if cap else None, timeout_s,
+        _seconds(latency, "latency") if latency else 0.0, float(parse_size(bandwidth)) if bandwidth else None, options,
     )  # fmt: skip
 
 
@@ -95,6 +111,8 @@ def open_tier(config: TierConfig) -> Tier:
     """Open the tier. Raises ConfigError for options it does not have, TierError where it cannot be opened now."""
     module = _module(config.scheme)
     tier: Tier = module.open_tier(config.location, config.options, config.name)
+    if config.slow_latency_s or config.slow_bytes_s:
+        return Slow(tier, config.slow_latency_s, config.slow_bytes_s)
     return tier
 
 
@@ -106,7 +124,7 @@ def options_of(kind: type[T], options: Mapping[str, str], scheme: str) -> T:
     known = [each.encode_name for each in msgspec.structs.fields(kind)]
     for name in options:
         if name not in known:
-            near = difflib.get_close_matches(name, [*known, "name", "write", "cap", "timeout"], 1)
+            near = difflib.get_close_matches(name, [*known, *_COMMON], 1)
             hint = f"; did you mean {near[0]!r}?" if near else ""
             raise ConfigError(f"the {scheme} tier has no option {name!r} (it has {', '.join(known)}){hint}")
     try:

@@ -49,6 +49,7 @@ _REMEDIES = {
     "ASK": "it is part of a cluster: use cluster=true",
     "OOM": "it is full: raise its maxmemory, or set its maxmemory-policy to allkeys-lru",
 }
+_OLD = "it is too old, or its commands were renamed: Redis 6 or any Valkey is needed"
 _CODES: dict[type[Exception], str] = {
     redis.exceptions.AuthenticationError: "NOAUTH",
     redis.exceptions.NoPermissionError: "NOPERM",
@@ -63,7 +64,7 @@ class Unwilling(TierUnavailable):
     """A server answered, with an error that is about more than one block."""
 
     def __init__(self, where: Address | str, code: str, text: str) -> None:
-        remedy = _REMEDIES.get(code, "see its log")
+        remedy = _REMEDIES.get(code, _OLD if "unknown command" in text else "see its log")
         super().__init__(f"the valkey server at {where} said {text!r}: {remedy}")
 
 

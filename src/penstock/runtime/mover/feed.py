@@ -59,7 +59,12 @@ class FeedWriter:
     def gap(self) -> None:
         """Say that the mover has to look at everything again."""
         self._gap = True
-        self._send(np.zeros(1, feed_dtype), 0)
+        self.tell_loss()
+
+    def tell_loss(self) -> None:
+        """If events were lost, say so, now that there may be room: no other event may follow for long."""
+        if self._gap:
+            self._send(np.zeros(1, feed_dtype), 0)
 
     def _send(self, rows: npt.NDArray[np.void], n: int) -> None:
         try:

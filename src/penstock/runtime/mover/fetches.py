@@ -37,6 +37,7 @@ PIECE_BYTES = 8 << 20
 """A piece is read, verified and committed as one: large enough to fill a device, small enough to give up."""
 PIECES_AT_ONCE = 3
 _RESTARTS = 4
+_U64 = (1 << 64) - 1
 _WAIT_S = 0.02
 """How often a waiting fetch looks whether its client is still there."""
 
@@ -102,6 +103,7 @@ class _Piece:
     claimed: list[bytes]
     got: npt.NDArray[np.uint8] | None = None
     abandoned: bool = False
+    doubted: bool = False
     transfer: Transfer | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -147,6 +149,8 @@ class _Run:
         self._where = np.zeros(0, np.int64)  # tier of each block from `_where_from` on
         self._where_from = 0
         self._avoid: frozenset[int] = frozenset()  # tiers that failed for block `_at`
+        self._narrowed = False  # whether `_where` was found without asking some of them
+        self._silent = ""  # a tier that could not be asked
         self._trouble: tuple[FetchEnd, str] = (FetchEnd.ABSENT, "")
         self._restarts = 0
         self._hold: Lease | None = None
@@ -155,7 +159,8 @@ class _Run:
 
     def run(self) -> Outcome:
         try:
-            self._look()
+            if not self._over():
+                self._look()
             while self._stop is None and self._at < len(self._names):
                 self._fill()
                 if self._pieces:
@@ -181,8 +186,9 @@ class _Run:
 
     def _locate(self) -> None:
         keys = self._order.keys[self._at :]
-        self._where = self._places.where(self._space, keys, self._order.deadline, self._avoid)
-        self._where_from = self._at
+        found = self._places.where(self._space, keys, self._order.deadline, self._avoid)
+        self._where, self._silent = found.tiers, found.silent
+        self._where_from, self._narrowed = self._at, bool(self._avoid)
 
     def _tier_of(self, block: int) -> int:
         return int(self._where[block - self._where_from])
@@ -201,11 +207,20 @@ class _Run:
             if self._over():
                 return
             if self._tier_of(self._next) < 0:
-                if not self._pieces:
-                    self._stop, _ = self._trouble
+                if self._pieces:
+                    return
+                if self._avoid or not self._narrowed:
+                    self._stop = self._nowhere()
+                    return
+                self._locate()  # tiers were left out because of a block that has come since
+            elif not self._start():
                 return
-            if not self._start():
-                return
+
+    def _nowhere(self) -> FetchEnd:
+        """No tier that answers has the next block. It is absent only if every tier answered."""
+        if self._trouble[0] is FetchEnd.ABSENT and self._silent:
+            self._trouble = (FetchEnd.READ_FAILED, self._silent)
+        return self._trouble[0]
 
     def _start(self) -> bool:
         """Start the next piece. False if it has to wait for what is on its way already."""
@@ -218,17 +233,19 @@ class _Run:
             if not self._pieces:
                 self._await_other(claimed[0])
             return False
-        reservation = self._reserve(n)
-        kept = self._names[first : first + len(reservation)]
-        self._claims.drop(self._names[first + len(reservation) : first + n])
-        if not len(reservation):
-            reservation.abort()
+        reservation, kept = None, 0
+        try:
+            reservation = self._reserve(n)
+            kept = len(reservation)
+        finally:
+            self._claims.drop(self._names[first + kept : first + n])
+        if not kept:
             if not self._pieces and not self._over():
                 self._stop = FetchEnd.NO_ROOM
             return False
         tier = self._places.tiers[self._tier_of(first)]
-        self._read(tier, first, reservation, kept)
-        self._next = first + len(kept)
+        self._read(tier, first, reservation, self._names[first : first + kept])
+        self._next = first + kept
         return order.deadline > time.monotonic()
 
     def _reserve(self, n: int) -> Reservation:
@@ -258,7 +275,7 @@ class _Run:
                 self._came_back(piece, got)
 
         piece.transfer = self._places.workers.submit(
-            tier.number, order.urgency, order.said[1], n * self._space.block_bytes, order.deadline, read
+            tier.number, order.urgency, order.said[1] & _U64, n * self._space.block_bytes, order.deadline, read
         )
         self._pieces.append(piece)
 
@@ -268,7 +285,6 @@ class _Run:
             piece.got = got
             if piece.abandoned:
                 piece.reservation.abort()
-                self._claims.drop(piece.claimed)
 
     def _abandon_all(self) -> None:
         while self._pieces:
@@ -281,7 +297,8 @@ class _Run:
             piece.abandoned = True
             if never_ran or piece.got is not None:
                 piece.reservation.abort()
-                self._claims.drop(piece.claimed)
+        # Even if the thread hangs for ever, another tier may have these blocks.
+        self._claims.drop(piece.claimed)
 
     # ---- what came
 
@@ -290,6 +307,9 @@ class _Run:
         piece = self._pieces[0]
         while piece.transfer is not None and not piece.transfer.wait(min(_WAIT_S, self._left())):
             if self._over():
+                return
+            if self._better_elsewhere(piece):
+                self._look_elsewhere(piece, Got.FAILED)
                 return
         got = piece.got
         if got is None:
@@ -306,7 +326,17 @@ class _Run:
         elif n < len(piece):
             self._look_elsewhere(piece, Got(int(got[n])))
         elif arrived:
-            self._avoid = frozenset()
+            self._avoid, self._trouble = frozenset(), (FetchEnd.ABSENT, "")
+
+    def _better_elsewhere(self, piece: _Piece) -> bool:
+        """Whether the piece's tier hangs while another has the block. One that is only slow looks the same for a while,
+        so where no other has it there is nothing to do but wait."""
+        if piece.doubted or not self._places.workers.stuck(piece.tier.number):
+            return False
+        piece.doubted = True  # asked once
+        key = self._order.keys[self._at : self._at + 1]
+        found = self._places.where(self._space, key, self._order.deadline, self._avoid | {piece.tier.number})
+        return bool(found.tiers[0] >= 0)
 
     def _commit(self, piece: _Piece, n: int) -> int:
         """Publish the first n blocks of a piece and wait until the keeper took them in. How many are in the pool."""

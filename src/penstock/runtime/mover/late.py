@@ -7,7 +7,7 @@ import threading
 import numpy as np
 import numpy.typing as npt
 
-from penstock.errors import TierUnavailable
+from penstock.errors import ConfigError, TierUnavailable
 from penstock.tiers.base import Batch, BlockSpace, Tier, Usage
 from penstock.tiers.registry import TierConfig, open_tier
 
@@ -48,17 +48,23 @@ class LateTier(Tier):
                 self._opening.release()
         return self._tier
 
+    def _opened(self) -> Tier:
+        try:
+            return self.open()
+        except ConfigError as error:  # it could be opened with these settings once; what is there has changed
+            raise TierUnavailable(str(error)) from error
+
     def holds(self, space: BlockSpace, keys: Keys, deadline: float) -> npt.NDArray[np.bool_]:
-        return self.open().holds(space, keys, deadline)
+        return self._opened().holds(space, keys, deadline)
 
     def write(self, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:
-        return self.open().write(batch, deadline)
+        return self._opened().write(batch, deadline)
 
     def read(self, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:
-        return self.open().read(batch, deadline)
+        return self._opened().read(batch, deadline)
 
     def remove(self, space: BlockSpace, keys: Keys, deadline: float) -> None:
-        self.open().remove(space, keys, deadline)
+        self._opened().remove(space, keys, deadline)
 
     def touch(self, space: BlockSpace, keys: Keys) -> None:
         if self._tier is not None:

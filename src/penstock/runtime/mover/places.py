@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,12 +16,12 @@ from penstock.runtime.shelf import Shelf
 from penstock.tiers.base import BlockSpace
 from penstock.tiers.registry import TierConfig
 
-__all__ = ["Places", "TierPlace"]
+__all__ = ["Places", "TierPlace", "Whereabouts"]
 
 Keys = npt.NDArray[np.uint64]
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class TierPlace:
     """One tier. `number` is its bit in the brain's masks, and its place in every list."""
 
@@ -43,8 +44,18 @@ class TierPlace:
         """The meter, with the latest samples taken in."""
         with self.lock:
             for n_bytes, seconds in self.shelf.samples():
-                self.meter.observe(n_bytes, seconds)
+                self.meter.add(n_bytes, seconds)
             return self.meter
+
+
+@dataclass(frozen=True, slots=True)
+class Whereabouts:
+    """What the tiers said about some blocks."""
+
+    tiers: npt.NDArray[np.int64]
+    """(n,): which tier has each; -1 for none that answered."""
+    silent: str
+    """A tier that could not be asked and may have what the others do not; "" if all answered."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,23 +69,29 @@ class Places:
         """Those that answer, as far as is known: not down, and not stuck in a call that does not return."""
         return [tier for tier in self.tiers if tier.shelf.up and not self.workers.stuck(tier.number)]
 
-    def where(self, space: BlockSpace, keys: Keys, deadline: float, without: frozenset[int]) -> npt.NDArray[np.int64]:
-        """(n,): the first tier that holds each block, -1 for none; tiers numbered in `without` are not asked.
+    def where(self, space: BlockSpace, keys: Keys, deadline: float, without: frozenset[int]) -> Whereabouts:
+        """Find the first tier that holds each block; tiers numbered in `without` are not asked.
 
-        Tiers on other machines are asked only for what no tier here has, from the first such block on.
+        Tiers on other machines are asked only for what no tier here has, from the first such block on, and none of them
+        for so long that there is no time left for the next.
         """
         found = np.full(len(keys), -1, np.int64)
-        usable = [tier for tier in self.usable() if tier.number not in without]
+        usable = self.usable()
+        silent = [tier for tier in self.tiers if tier not in usable and tier.number not in without]
         for tier in sorted(usable, key=lambda each: not each.local):
             missing = np.flatnonzero(found < 0)
             if not len(missing):
                 break
+            if tier.number in without:
+                continue
+            until = min(deadline, time.monotonic() + tier.config.timeout_s)
             try:
-                holds = tier.shelf.holds(space, np.ascontiguousarray(keys[missing]), deadline)
+                holds = tier.shelf.holds(space, np.ascontiguousarray(keys[missing]), until)
             except TierError:
+                silent.append(tier)
                 continue
             found[missing[holds]] = tier.number
-        return found
+        return Whereabouts(found, silent[0].name if silent else "")
 
     def seconds(self, tier: int, n_bytes: int) -> float:
         """How long it would take from now to bring this much from a tier, after what already waits for it."""

@@ -44,10 +44,10 @@ def plan_tiers(tiers: list[str], replicas: list[str], tenant_caps: list[str]) ->
 
 
 def tenant_number(name: str) -> int:
-    """How slot records name a tenant: 0 for none, else 8 bytes of its name's digest as a signed number."""
+    """How slot records name a tenant: 0 for none, else 8 bytes of its name's digest, as an unsigned number."""
     if not name:
         return 0
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
+    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
 
 
 def _check_names(configs: list[TierConfig]) -> None:

@@ -27,6 +27,7 @@ def report(mover: Mover) -> dict[str, Any]:
             "pid": os.getpid(),
             "restarts": mover.restarts,
             "uptime_s": round(time.monotonic() - mover.started_s, 1),
+            "looks": mover.watch.looks,
             "gaps": mover.watch.gaps,
             "failed_transfers": mover.places.workers.failed,
         },

@@ -10,6 +10,7 @@ import contextlib
 import itertools
 import logging
 import os
+import resource
 import selectors
 import socket
 import threading
@@ -24,8 +25,9 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.errors import PenstockError
+from penstock.pool.handles import PlacedSpace
 from penstock.pool.stage import Stage
-from penstock.pool.tier_wire import Arrived, Ended, FetchOf, LocatedAt, LocateOf, Report, Run, questions
+from penstock.pool.tier_wire import MAX_KEYS, Arrived, Ended, FetchOf, LocatedAt, LocateOf, Report, Run, questions
 from penstock.pool.wire import Error, FrameReader, Json, encode
 from penstock.runtime.mover.fetches import Fetcher, FetchOrder, Outcome
 from penstock.runtime.mover.places import Places
@@ -39,9 +41,17 @@ log = logging.getLogger("penstock.mover")
 FETCHES_AT_ONCE = 16
 FETCHES_WAITING = 256
 """Fetches beyond those that run; a further one is told BUSY."""
+_PREFETCHES_AT_ONCE = 4
+"""They have threads of their own: nobody waits for them, so that one may wait long, and then no fetch waits for it."""
 _LOCATES_AT_ONCE = 4
 _MAX_CONNECTIONS = 1024
+_OTHER_FDS = 256
+"""Descriptors that tiers and the pool need beside the connections."""
 _MAX_WAIT_S = 3600.0
+_MAX_LOCATE_S = 5.0
+_HALF = 1 << 63
+_MAX_RUNS = 2048
+"""In one answer, which has to fit into a socket's buffer: whoever does not read is not waited for."""
 
 
 class _Guest:
@@ -84,18 +94,23 @@ class Service:
     ) -> None:
         self._stage, self._places, self._fetcher, self._report = stage, places, fetcher, report
         self._listener = _listen(path)
+        # Beyond the limit of open files `accept` fails, and the listener would call for it for ever.
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        self._most = max(8, min(_MAX_CONNECTIONS, soft - _OTHER_FDS))
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._selector.register(self._wake, selectors.EVENT_READ, "wake")
         self._guests: set[_Guest] = set()
         self._fetching = ThreadPoolExecutor(FETCHES_AT_ONCE, "penstock-fetch")
+        self._prefetching = ThreadPoolExecutor(_PREFETCHES_AT_ONCE, "penstock-prefetch")
         self._asking = ThreadPoolExecutor(_LOCATES_AT_ONCE, "penstock-locate")
+        self._reporting = ThreadPoolExecutor(1, "penstock-report")
         self._stopping = False
         self._count_lock = threading.Lock()
         self._running = 0
         ends = (f"ended.{end.name.lower()}" for end in FetchEnd)
-        names = ["asked", "located", "refused_connections", "blocks", "failed", *ends]
+        names = ["asked", "located", "refused_connections", "refused_questions", "blocks", "failed", *ends]
         self._counters = dict.fromkeys(names, 0)
 
     def counters(self) -> dict[str, int]:
@@ -131,7 +146,8 @@ class Service:
             if not isinstance(error, (BlockingIOError, ConnectionAbortedError)):
                 log.error("a connection cannot be accepted: %s", error)
             return
-        if len(self._guests) >= _MAX_CONNECTIONS:
+        if len(self._guests) >= self._most:
+            self._count("refused_connections")
             connection.close()
             return
         connection.setblocking(False)
@@ -172,35 +188,38 @@ class Service:
 
     def _take(self, guest: _Guest, message: Any) -> None:
         if isinstance(message, FetchOf):
-            self._count("asked")
-            with self._count_lock:
-                busy = self._running >= FETCHES_AT_ONCE + FETCHES_WAITING
-                self._running += not busy
-            if busy:
-                self._count("ended.busy")
-                self._answer(guest, Ended(0, FetchEnd.BUSY, 0, ""))
-                return
-            deadline = time.monotonic() + min(max(0.0, message.wait_s), _MAX_WAIT_S)
-            self._fetching.submit(self._guarded, guest, lambda: self._fetch(guest, message, deadline), True)
+            self._take_fetch(guest, message)
         elif isinstance(message, LocateOf):
             self._count("located")
-            self._asking.submit(self._guarded, guest, lambda: self._locate(message), False)
+            deadline = time.monotonic() + _seconds(message.wait_s, _MAX_LOCATE_S)
+            self._asking.submit(self._guarded, guest, lambda: self._locate(guest, message, deadline))
         elif isinstance(message, Report):
-            self._asking.submit(self._guarded, guest, lambda: Json(self._report()), False)
+            self._reporting.submit(self._guarded, guest, lambda: Json(self._report()))
 
-    def _guarded(self, guest: _Guest, work: Callable[[], msgspec.Struct], fetch: bool) -> None:
+    def _take_fetch(self, guest: _Guest, message: FetchOf) -> None:
+        self._count("asked")
+        with self._count_lock:
+            busy = self._running >= FETCHES_AT_ONCE + FETCHES_WAITING
+            self._running += not busy
+        if busy:
+            self._count("ended.busy")
+            self._answer(guest, Ended(0, FetchEnd.BUSY, 0, ""))
+            return
+        deadline = time.monotonic() + _seconds(message.wait_s, _MAX_WAIT_S)
+        threads = self._prefetching if message.urgency == Urgency.PREFETCH else self._fetching
+        threads.submit(self._guarded, guest, lambda: self._fetch(guest, message, deadline))
+
+    def _guarded(self, guest: _Guest, work: Callable[[], msgspec.Struct]) -> None:
         try:
             answer = work()
         except PenstockError as error:
+            self._count("refused_questions")
             answer = Error(str(error))
         except Exception as error:
             # The boundary of a thread: one question that meets a defect must not end the mover for all.
             self._count("failed")
             log.exception("a question failed")
             answer = Error(f"the mover failed at this question ({type(error).__name__}); see its log")
-        if fetch:
-            with self._count_lock:
-                self._running -= 1
         self._answer(guest, answer)
 
     def _answer(self, guest: _Guest, answer: msgspec.Struct) -> None:
@@ -208,44 +227,56 @@ class Service:
         guest.send(answer)
 
     def _fetch(self, guest: _Guest, message: FetchOf, deadline: float) -> Ended:
-        space = self._stage.space(message.space) if message.uuid == self._stage.pool.uuid else None
-        keys, parent = _keys(message.keys), _keys(message.parent)
-        if space is None or not len(keys) or len(parent) != 1 or len(message.intent) != 5:
-            raise PenstockError("a fetch of a space or keys that this pool does not have")
-        urgency = Urgency(message.urgency) if message.urgency in set(Urgency) else Urgency.FETCH
-        prefetch = urgency is Urgency.PREFETCH
+        try:
+            ended = self._run(guest, message, deadline)
+        finally:
+            with self._count_lock:
+                self._running -= 1
+        self._count_outcome(ended)
+        return Ended(ended.n, ended.why, ended.moved, ended.tier)
+
+    def _run(self, guest: _Guest, message: FetchOf, deadline: float) -> Outcome:
+        space, keys = self._asked_for(message)
+        parent = _keys(message.parent)
+        if len(parent) != 1 or len(message.intent) != 5 or not all(-_HALF <= word < _HALF for word in message.intent):
+            raise PenstockError("a fetch names one parent, and an intent of five numbers of 64 bits")
+        prefetch = message.urgency == Urgency.PREFETCH
         order = FetchOrder(
             space,
             keys,
             np.concatenate([parent, keys[:-1]]),
             deadline,
-            urgency,
-            [_signed(word) for word in message.intent],
+            Urgency.PREFETCH if prefetch else Urgency.FETCH,
+            message.intent,
         )
-        ended = self._fetcher.fetch(
+        return self._fetcher.fetch(
             order, lambda n: guest.send(Arrived(n)), lambda: guest.gone.is_set() and not prefetch
         )
-        self._count_outcome(ended)
-        return Ended(ended.n, ended.why, ended.moved, ended.tier)
 
-    def _locate(self, message: LocateOf) -> LocatedAt:
+    def _locate(self, guest: _Guest, message: LocateOf, deadline: float) -> LocatedAt:
+        space, keys = self._asked_for(message)
+        here = self._fetcher.here(space, keys)
+        if guest.gone.is_set() or time.monotonic() > deadline:
+            return LocatedAt(here, [])  # nobody waits for the rest any more
+        where = self._places.where(as_tiers_know_it(space), keys[here:], deadline, frozenset())
+        return LocatedAt(here, self._runs(where.tiers, space.block_bytes))
+
+    def _asked_for(self, message: FetchOf | LocateOf) -> tuple[PlacedSpace, npt.NDArray[np.uint64]]:
+        """Raises PenstockError for a space or keys that this pool cannot have."""
         space = self._stage.space(message.space) if message.uuid == self._stage.pool.uuid else None
         keys = _keys(message.keys)
-        if space is None or not len(keys):
+        if space is None or not 0 < len(keys) <= MAX_KEYS:
             raise PenstockError("a question about a space or keys that this pool does not have")
-        here = self._fetcher.here(space, keys)
-        deadline = time.monotonic() + min(max(0.0, message.wait_s), _MAX_WAIT_S)
-        where = self._places.where(as_tiers_know_it(space), keys[here:], deadline, frozenset())
-        return LocatedAt(here, self._runs(where, space.block_bytes))
+        return space, keys
 
     def _runs(self, where: npt.NDArray[np.int64], block_bytes: int) -> list[Run]:
-        """Blocks in the same tier, one after the other, up to the first that is nowhere."""
+        """Blocks in the same tier, one after the other, up to the first that is nowhere, and not too many."""
         if (where < 0).any():
             where = where[: int((where < 0).argmax())]
         runs: list[Run] = []
         bounds = [0, *(np.flatnonzero(np.diff(where)) + 1).tolist(), len(where)]
         seconds = 0.0
-        for first, stop in itertools.pairwise(bounds):
+        for first, stop in itertools.islice(itertools.pairwise(bounds), _MAX_RUNS):
             if stop > first:
                 tier = int(where[first])
                 seconds += self._places.seconds(tier, (stop - first) * block_bytes)
@@ -268,9 +299,9 @@ def _keys(data: bytes) -> npt.NDArray[np.uint64]:
     return np.frombuffer(data, np.uint64).reshape(-1, 2).copy()
 
 
-def _signed(word: int) -> int:
-    """As it goes into an int64 cell. Raises OverflowError for what is none."""
-    return int(np.int64(word))
+def _seconds(wait_s: float, most: float) -> float:
+    """A wait that a client may ask for: 0 for what is negative or no number."""
+    return min(wait_s, most) if wait_s > 0 else 0.0
 
 
 def _listen(path: Path) -> socket.socket:

@@ -45,9 +45,12 @@ class Watch:
         self._sizes = np.zeros(stage.n_units, np.int64)
         self._generations = np.zeros(stage.n_units, np.int64)
         self._classes: set[int] = set()
+        self._roots: set[bytes] = set()
         self._resident_bytes = 0
         self._audited = 0
         self._next_audit = 0.0
+        self.looks = 0
+        """How often the feed was looked at, with all that follows from it."""
         self.gaps = 0
         """How often everything had to be looked at again."""
 
@@ -58,6 +61,7 @@ class Watch:
                 self._take_in(rows)
                 self._order()
                 self._audit()
+                self.looks += 1
                 if len(rows):
                     time.sleep(PAUSE_S)
                 else:
@@ -77,7 +81,7 @@ class Watch:
             self._tell(rows["kind"], rows["unit"].astype(np.int64))
 
     def _start_over(self) -> None:
-        """Events were lost: what the records say is told, as far as it is new. What stayed was not used again by that."""
+        """Events were lost: what the records say is told, as far as it is new."""
         self.gaps += 1
         there = self._stage.scan()
         gone = np.setdiff1d(np.flatnonzero(self._sizes), there)
@@ -124,6 +128,7 @@ class Watch:
             if space is None:
                 known[chosen] = False
                 continue
+            self._add_root(space.root)
             events["slot_class"][chosen], events["block_bytes"][chosen] = space.slot_class, space.block_bytes
             events["below"][chosen] = self._below(number, records.keys[chosen])
         events = events[known]
@@ -133,6 +138,13 @@ class Watch:
         self._classes.update(np.unique(events["slot_class"]).tolist())
         self._resident_bytes += int(events["block_bytes"].sum())
         self._observe(events)
+
+    def _add_root(self, root: bytes) -> None:
+        """Chains of a space begin behind its root; the brain has to be told."""
+        if root not in self._roots:
+            self._roots.add(root)
+            with self._lock:
+                self._tiering.add_root(root)
 
     def _below(self, number: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
         """Which tiers of this machine have these blocks already, a bit for each."""
