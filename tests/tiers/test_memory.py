@@ -21,10 +21,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import rule, run_state_machine_as_test
 
 import penstock
-from penstock.errors import ConfigError, TierError, TierTimeout, TierUnavailable
+from penstock.errors import ConfigError, KeeperError, TierError, TierTimeout, TierUnavailable
 from penstock.identity import root_key
 from penstock.pool import segment as segments
 from penstock.pool.layout import Geometry, plan_geometry
+from penstock.pool.link import SocketLink
+from penstock.pool.wire import Forget
 from penstock.testing.pool import chain, make_space, target
 from penstock.testing.tier_blocks import (
     assert_right,
@@ -236,6 +238,14 @@ def test_any_process_reads_it_in_place(own: MemoryTier) -> None:
                 own.remove(space, keys.array[5:], soon(0.05))
         own.remove(space, keys.array, soon())
         assert not own.holds(space, keys.array, soon()).any()
+
+
+def test_what_is_not_keys_is_refused_and_nothing_ends(own: MemoryTier) -> None:
+    link = own._server.pool._link
+    assert isinstance(link, SocketLink)
+    with pytest.raises(KeeperError, match="not keys"):
+        link.forget(Forget(SPACE.digest, bytes(17)))
+    assert link.forget(Forget(bytes(32), bytes(16))) == 0
 
 
 def test_a_wrong_root_stays_wrong(own: MemoryTier) -> None:
