@@ -67,9 +67,11 @@ def joined(keeper: Keeper) -> MemoryTier:
 def place() -> Iterator[Path]:
     """A path in shared memory that nothing has; cleared at the end."""
     path = segments.default_path(f"m{os.getpid()}-{time.monotonic_ns() % 10**9}")
-    yield path
-    for each in (path, segments.lock_path(path)):
-        each.unlink(missing_ok=True)
+    try:
+        yield path
+    finally:
+        for each in (path, segments.lock_path(path)):
+            each.unlink(missing_ok=True)
 
 
 def started(path: Path, options: str = "size=48M&slab=1M") -> MemoryTier:
@@ -254,10 +256,11 @@ def test_a_wrong_root_stays_wrong(own: MemoryTier) -> None:
     keys = block_keys(space, 0, 3)
     batch = filled(space, keys)
     batch.roots[1] ^= np.uint64(1)
+    given = batch.roots.tolist()
     assert own.write(batch, soon()).tolist() == [STORED] * 3
     back = empty(space, keys)
     own.read(back, soon())
-    assert back.roots.tolist() == batch.roots.tolist()
+    assert back.roots.tolist() == given
 
 
 class Traffic:
