@@ -44,7 +44,7 @@ class TierPlace:
         """The meter, with the latest samples taken in."""
         with self.lock:
             for n_bytes, seconds in self.shelf.samples():
-                self.meter.observe(n_bytes, seconds)
+                self.meter.add(n_bytes, seconds)
             return self.meter
 
 
