@@ -86,6 +86,8 @@ class Eviction(IntEnum):
     """A restart found two copies of one key."""
     CHECKSUM = 3
     """Its bytes were damaged, or it continues a chain of such a block."""
+    FORGOTTEN = 4
+    """A client asked for it, or it continues a chain of such a block."""
 
 
 class WriteRule(StrEnum):

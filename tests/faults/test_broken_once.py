@@ -324,8 +324,8 @@ def test_a_close_that_meets_a_return_stays_closed(keeper: Keeper) -> None:
 
 
 def _second_attachment(keeper: Keeper) -> Any:
+    from penstock.pool.attaching import _new_attachment
     from penstock.pool.link import SocketLink
-    from penstock.runtime.opening import _new_attachment
 
     link = SocketLink(keeper.name)
     at = _new_attachment(link, "second")

@@ -50,11 +50,16 @@ def serve(
         typer.Option("--tenant-cap", help="TENANT=SIZE: bytes a second for a tenant's moves; repeatable."),
     ] = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
+    numa: Annotated[int, typer.Option("--numa", hidden=True, help="Take the memory from this NUMA node.")] = -1,
+    parent: Annotated[int, typer.Option("--parent", hidden=True, help="Stop when this process, the parent, ends.")] = 0,
 ) -> None:
     """Serve a pool in the foreground, until Ctrl-C. An existing pool goes on with what it holds."""
     from penstock.cli.serve import serve as run
 
-    run(name, size, path, slab, verbose, tier or [], replicas or [], tenant_cap or [])
+    run(
+        name, size, path, slab, verbose, tiers=tier or (), replicas=replicas or (), tenant_caps=tenant_cap or (),
+        numa=None if numa < 0 else numa, parent=parent or None,
+    )  # fmt: skip
 
 
 @app.command()

@@ -26,7 +26,7 @@ def rm(name: str, path: Path | None) -> None:
     try:
         if not locks.try_acquire(KEEPER_BYTE):
             raise KeeperRunning(f"a keeper serves {where}; stop it first")
-        where.unlink()
+        segments.delete(where)
     finally:
         locks.close()
     print(f"removed {where}")

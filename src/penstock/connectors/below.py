@@ -1,29 +1,52 @@
 """Blocks that lie below the pool: whether a request fetches or recomputes them, and the fetch within its time.
 
 For every connector. The decision compares what the tiers' measured speeds say with the engine's measured prefill speed
-(`penstock.core.cost`), and gives the fetch no more time than recomputing would take: a tier that turns out slower than
-it was costs at most that. Does not cover when an engine may wait (its connector does).
+(`penstock.core.cost`); what comes later than it should is given up in time (`pace.py`), and what arrived by then is
+used. Does not cover when an engine may wait (its connector does).
+
+Before any prefill was measured everything that lies below is fetched: an engine that has just started, on a pool that
+has, is what the tiers are for, and a guess of its speed may be wrong by two orders of magnitude. In return such a fetch
+gets hardly more time than the tiers promise.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import threading
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
 
 from penstock import FetchEnd, Intent, KeyChain, Pool, SpaceHandle
 from penstock.connectors.counters import Counters
+from penstock.connectors.pace import Pace
 from penstock.core.cost import Part, choose
 from penstock.core.speed import PrefillMeter
-from penstock.pool.below import Below, Run
+from penstock.pool.below import Below, Fetch
 
-__all__ = ["Bringer", "FetchMode"]
+__all__ = ["NOTHING", "Bringer", "Brought", "FetchMode", "Wanted", "Wish"]
 
-LOCATE_S = 0.05
-"""How long stores on other machines may be asked where blocks are."""
-_LOOK_S = 0.02
-"""How often a fetch looks whether it is still wanted."""
+Wanted = Sequence[tuple[SpaceHandle, KeyChain]]
+"""The same blocks of a chain as each rank of an engine keeps them; an engine of one rank has one."""
+
+_ASK_S = 0.25
+"""How long the tiers, some of them on other machines, may be asked where blocks are, where nothing says how long."""
+_ASK_LEAST_S, _ASK_MOST_S = 0.005, 0.5
+_ASK_SHARE = 0.1
+"""Of the time that computing would take: what is never found costs no more than that."""
+_QUIET_S = 1.0
+"""Nobody is asked for so long after no answer came: what is stuck would cost every request the wait."""
+_LOOK_S = 0.005
+"""How often a fetch looks whether it is still wanted, and still worth it."""
+_UNMEASURED_S = 0.25
+"""What a fetch may take beyond twice what the tiers promise, while nothing is known of the engine's own speed."""
+_MOST_OVERHEAD_S = 0.05
+_LEARN, _FORGET = 0.3, 0.95
 
 
 class FetchMode(StrEnum):
@@ -35,83 +58,244 @@ class FetchMode(StrEnum):
     NEVER = "never"
 
 
-class Bringer:
-    """Decides and fetches for one engine. Thread-safe; never raises because of the pool or its tiers."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wish:
+    """What one request wants."""
 
-    def __init__(self, counters: Counters, deadline_s: float, prefill: PrefillMeter | None = None) -> None:
-        """`deadline_s` bounds every fetch. `prefill` learns from `computed`."""
+    n_tokens: int
+    """The prompt's length."""
+    mode: FetchMode = FetchMode.AUTO
+    have_tokens: int = 0
+    """Tokens that the engine has by itself and would not compute."""
+    min_hit_tokens: int = 0
+    """Beyond those; a shorter hit is of no use."""
+    load_s_per_block: float = 0.0
+    """What the engine needs to take a block out of the pool."""
+    intent: Intent | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Brought:
+    """What came of it."""
+
+    n_blocks: int = 0
+    """Blocks, from the first, that every rank has in the pool now, as far as was seen."""
+    moved: int = 0
+    """Blocks that were fetched for this request, all ranks."""
+
+
+NOTHING = Brought()
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """What to fetch: blocks `here` to `end - 1`, for `limit_s` at most."""
+
+    heres: tuple[int, ...]
+    """What each rank has; `here` is the least of them."""
+    end: int
+    pace: Pace
+    limit_s: float
+
+    @property
+    def here(self) -> int:
+        return min(self.heres)
+
+
+class Bringer:
+    """Decides and fetches for one engine. Thread-safe."""
+
+    def __init__(self, counters: Counters, deadline_s: float) -> None:
+        """`deadline_s` bounds every fetch."""
         self._counters = counters
         self._deadline_s = deadline_s
-        self._prefill = prefill or PrefillMeter()
+        self._prefill = PrefillMeter()
         self._lock = threading.Lock()
+        self._quiet_until = 0.0
+        self._overhead_s = 0.0
+        """What a fetch takes beside the tiers' own time: the way to the mover and back, room, the keeper's intake."""
 
     def computed(self, n_tokens: int, before: int, seconds: float) -> None:
         """The engine computed this many tokens after `before` others in this time."""
         with self._lock:
-            self._prefill.observe(n_tokens, before, seconds)
-
-    def prefill_s(self, n_tokens: int, before: int) -> float:
-        """Seconds that the engine would take."""
-        with self._lock:
-            return float(self._prefill.estimate(n_tokens, before))
+            self._prefill.add(n_tokens, before, seconds)
 
     def bring(
         self,
         pool: Pool,
-        handle: SpaceHandle,
-        keys: KeyChain,
-        n_tokens: int,
+        wanted: Wanted,
+        wish: Wish,
         *,
-        intent: Intent | None = None,
-        mode: FetchMode = FetchMode.AUTO,
         give_up: Callable[[], bool] = lambda: False,
+        until_s: float = float("inf"),
+    ) -> Brought:
+        """Have what is worth it of `wanted` brought into the pool, and wait for it: at most until `until_s`, on the
+        monotonic clock. `give_up` says that nobody waits any more. Counts how it ended, as `fetch.*`."""
+        if wish.mode is FetchMode.NEVER or not wanted:
+            return NOTHING
+        now = time.monotonic()
+        if now < self._quiet_until:
+            self._counters.add("fetch.end.paused")
+            return NOTHING
+        deadline = min(until_s, now + self._deadline_s)
+        belows = self._ask(pool, wanted, min(deadline, now + self._ask_s(wish)))
+        if belows is None:
+            return NOTHING
+        plan = self._plan(belows, wanted[0][0].block_tokens, wish, deadline)
+        if plan is None:
+            return Brought(min(below.here for below in belows))
+        return self._fetch(pool, wanted, plan, wish.intent, give_up)
+
+    # ---- where the blocks are
+
+    def _ask_s(self, wish: Wish) -> float:
+        if wish.mode is FetchMode.ALWAYS:
+            return self._deadline_s
+        with self._lock:
+            if not self._prefill.measured:
+                return _ASK_S
+            compute_s = self._prefill.estimate(wish.n_tokens - wish.have_tokens, wish.have_tokens)
+        return min(_ASK_MOST_S, max(_ASK_LEAST_S, _ASK_SHARE * compute_s))
+
+    def _ask(self, pool: Pool, wanted: Wanted, until_s: float) -> list[Below] | None:
+        """Where each rank's blocks are; None where nobody could say."""
+        belows = []
+        for handle, keys in wanted:
+            below = pool.locate(handle, keys, max(_ASK_LEAST_S, until_s - time.monotonic()))
+            if below.why is FetchEnd.DEADLINE:
+                self._quiet_until = time.monotonic() + _QUIET_S
+                self._counters.add("fetch.end.no_answer")
+            if below.why is not FetchEnd.DONE:
+                return None
+            belows.append(below)
+        return belows
+
+    # ---- what is worth it
+
+    def _plan(self, belows: list[Below], block_tokens: int, wish: Wish, deadline: float) -> _Plan | None:
+        """What to fetch; None for nothing, counted."""
+        heres = tuple(below.here for below in belows)
+        here = min(heres)
+        end = min(below.here + below.n_blocks for below in belows)
+        least = wish.have_tokens + max(1, wish.min_hit_tokens)
+        if end <= here or end * block_tokens < least:
+            self._counters.add("fetch.end.nothing_below" if end <= here else "fetch.end.too_little_below")
+            return None
+        limit_s = max(0.0, deadline - time.monotonic())
+        costs = np.sum([_seconds(below, here, end) for below in belows], axis=0)
+        with self._lock:
+            measured, overhead_s = self._prefill.measured, self._overhead_s
+        until = overhead_s + np.concatenate(([0.0], np.cumsum(costs)))
+        if wish.mode is FetchMode.ALWAYS:
+            return _Plan(heres, end, Pace(until), limit_s)
+        if not measured:
+            return _Plan(heres, end, Pace(until), min(limit_s, 2 * float(until[-1]) + _UNMEASURED_S))
+        n = self._worth(costs, overhead_s, here, block_tokens, wish)
+        if n == 0 or (here + n) * block_tokens < least:
+            self._recompute()
+            return None
+        pace = Pace(until[: n + 1], self._lost(here, here + n, block_tokens, wish))
+        return _Plan(heres, here + n, pace, limit_s)
+
+    def _worth(
+        self, costs: npt.NDArray[np.float64], overhead_s: float, here: int, block_tokens: int, wish: Wish
     ) -> int:
-        """Bring what is worth it of `keys`, for a prompt of `n_tokens`; how many blocks of them are in the pool then.
+        """How many of the blocks behind `here` are worth fetching. Those that the engine has by itself must come, too,
+        for the others to follow them."""
+        before = min(len(costs), max(0, wish.have_tokens // block_tokens - here))
+        parts = _parts(costs[before:], overhead_s + float(costs[:before].sum()))
+        with self._lock:
+            choice = choose(
+                here + before, parts, wish.n_tokens, block_tokens, self._prefill.estimate,
+                load_s_per_block=wish.load_s_per_block,
+            )  # fmt: skip
+        return before + choice.fetch_blocks if choice.fetch_blocks else 0
 
-        Waits for the tiers, as long as recomputing would take and `deadline_s` allows. 0 where nobody could be asked.
-        """
-        if mode is FetchMode.NEVER:
-            return 0
-        below = pool.locate(handle, keys, LOCATE_S)
-        if not below.n_blocks:
-            if below.why is not FetchEnd.NO_TIERS:
-                self._counters.add("fetch.nothing_below")
-            return below.here
-        n, limit_s = self._worth(below, n_tokens, handle.block_tokens, mode)
-        if n <= 0:
-            self._counters.add("fetch.recomputed")
-            return below.here
-        return self._fetch(pool, handle, keys[: below.here + n], limit_s, intent, give_up)
+    def _lost(self, here: int, end: int, block_tokens: int, wish: Wish) -> npt.NDArray[np.float64]:
+        """Seconds that computing would take for what a fetch up to `end` still lacks, by how much has arrived."""
+        arrived = np.maximum(np.arange(here, end + 1) * block_tokens, wish.have_tokens)
+        with self._lock:
+            rest: npt.NDArray[np.float64] = self._prefill.estimate(np.maximum(0, wish.n_tokens - arrived), arrived)
+        return rest - rest[-1]
 
-    def _worth(self, below: Below, n_tokens: int, block_tokens: int, mode: FetchMode) -> tuple[int, float]:
-        """How many blocks to fetch, and how long that may take."""
-        if mode is FetchMode.ALWAYS:
-            return below.n_blocks, self._deadline_s
-        choice = choose(below.here, _parts(below.runs), n_tokens, block_tokens, self.prefill_s)
-        n = choice.fetch_blocks
-        rest = n_tokens - (below.here + n) * block_tokens
-        saved_s = choice.recompute_s - self.prefill_s(rest, n_tokens - rest)
-        return n, min(self._deadline_s, max(saved_s, 2 * (choice.expected_s - self.prefill_s(rest, n_tokens - rest))))
+    def _recompute(self) -> None:
+        self._counters.add("fetch.end.recomputed")
+        with self._lock:
+            # It was learnt under circumstances that may have passed, and is not learnt anew without a fetch.
+            self._overhead_s *= _FORGET
+
+    # ---- the fetch
 
     def _fetch(
-        self, pool: Pool, handle: SpaceHandle, keys: KeyChain, limit_s: float, intent: Intent | None,
-        give_up: Callable[[], bool],
-    ) -> int:  # fmt: skip
+        self, pool: Pool, wanted: Wanted, plan: _Plan, intent: Intent | None, give_up: Callable[[], bool]
+    ) -> Brought:
         started = time.perf_counter()
-        with pool.fetch(handle, keys, limit_s, intent=intent) as fetch:
-            while not fetch.done and not give_up():
-                fetch.wait(_LOOK_S)
-        self._counters.add("fetch.us", int(1e6 * (time.perf_counter() - started)))
-        self._counters.add(f"fetch.{fetch.why.name.lower()}")
-        self._counters.add("fetch.blocks", fetch.moved)
-        return fetch.arrived
+        with contextlib.ExitStack() as running:
+            fetches = [
+                running.enter_context(pool.fetch(handle, keys[: plan.end], plan.limit_s, intent=intent))
+                for handle, keys in wanted
+            ]
+            end = _wait(fetches, plan, give_up)
+        took_s = time.perf_counter() - started
+        moved = sum(_moved(each, here) for each, here in zip(fetches, plan.heres, strict=True))
+        brought = Brought(_arrived(fetches), moved)
+        self._counters.add(f"fetch.end.{end}")
+        self._counters.add("fetch.us", int(1e6 * took_s))
+        self._counters.add("fetch.blocks", brought.moved)
+        if end == "done" and brought.moved:
+            self._learn(took_s - plan.pace.total_s)
+        return brought
+
+    def _learn(self, late_s: float) -> None:
+        with self._lock:
+            known = self._overhead_s
+            sample = min(_MOST_OVERHEAD_S, max(0.0, known + late_s))
+            self._overhead_s = known + _LEARN * (sample - known)
 
 
-def _parts(runs: Sequence[Run]) -> list[Part]:
-    """As the cost model wants them: each run's own time. What waits for the first byte is in it already."""
-    parts, before = [], 0.0
-    for number, run in enumerate(runs):
-        seconds = max(0.0, run.seconds - before)
-        before = run.seconds
-        parts.append(Part(number, run.n_blocks, 0.0, seconds / run.n_blocks))
-    return parts
+def _wait(fetches: list[Fetch], plan: _Plan, give_up: Callable[[], bool]) -> str:
+    """Wait until nothing more comes, or is not worth waiting for; says why."""
+    started = time.perf_counter()
+    while running := [each for each in fetches if not each.done]:
+        if give_up():
+            return "called_off"
+        # What one rank lacks is of no use to the others.
+        ended = [each for each in fetches if each.done]
+        if ended and min(each.arrived for each in running) >= min(each.arrived for each in ended):
+            break
+        if not plan.pace.holds(_arrived(fetches) - plan.here, time.perf_counter() - started):
+            return "too_slow"
+        running[0].wait(_LOOK_S)
+        for each in running[1:]:
+            each.poll()
+    worst = min((each for each in fetches if each.done), key=lambda each: each.arrived)
+    return worst.why.name.lower()
+
+
+def _moved(fetch: Fetch, here: int) -> int:
+    """A fetch that was given up does not say what it brought itself."""
+    return fetch.moved or max(0, fetch.arrived - here)
+
+
+def _arrived(fetches: list[Fetch]) -> int:
+    return min(each.arrived for each in fetches)
+
+
+def _seconds(below: Below, here: int, end: int) -> npt.NDArray[np.float64]:
+    """What each of the blocks `here` to `end - 1` costs one rank: nothing where it is in the pool, a run's time spread
+    over its blocks where it is not."""
+    costs, at, before_s = np.zeros(end - here), below.here - here, 0.0
+    for run in below.runs:
+        costs[at : at + run.n_blocks] = max(0.0, run.seconds - before_s) / run.n_blocks
+        at, before_s = at + run.n_blocks, run.seconds
+    return costs
+
+
+def _parts(costs: npt.NDArray[np.float64], first_s: float) -> list[Part]:
+    """Runs of blocks of one cost each; `first_s` comes before all of them."""
+    bounds = [0, *(np.flatnonzero(np.diff(costs)) + 1).tolist(), len(costs)]
+    runs = [(start, stop) for start, stop in itertools.pairwise(bounds) if stop > start]
+    return [
+        Part(number, stop - start, 0.0 if number else first_s, float(costs[start]))
+        for number, (start, stop) in enumerate(runs)
+    ]

@@ -18,6 +18,7 @@ from penstock.pool.apply import apply_commits, take_hits
 from penstock.pool.cells import clear, peek, poke, poke_and_fence
 from penstock.pool.counting import keeper_counters, lane_counters
 from penstock.pool.evict import evict, free_granted, grant
+from penstock.pool.finding import find_units
 from penstock.pool.keeper_columns import keeper_context, private_columns
 from penstock.pool.keeper_context import (
     G_DEPARTED,
@@ -236,6 +237,12 @@ class Authority:
         part = records[slab * units : (slab + 1) * units]
         ready = np.flatnonzero((part[:, layout.R_STATE // 8] & 0xFF) == layout.SlotState.READY)
         return (ready + slab * units).astype(np.uint32)
+
+    def units_of(self, space: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint32]:
+        """Units of the READY blocks of a space that have one of these keys, (n, 2) words; each once."""
+        units = np.empty(len(keys), np.int64)
+        find_units(self.ctx, keys, space, units)
+        return np.unique(units[units >= 0]).astype(np.uint32)
 
     def stamps(self, units: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint64]:
         """When blocks were last used, on the keeper's own counter."""

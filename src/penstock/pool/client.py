@@ -1,7 +1,7 @@
 """The client: everything an engine does with a pool.
 
 Covers match, reserve, hand-over, spaces and what happens when the keeper goes and comes back. The bytes move in
-`lease.py` and `reservation.py`; how a client comes to have an attachment is `runtime/opening.py`.
+`lease.py` and `reservation.py`; how a client comes to have an attachment is `attaching.py`.
 """
 
 from __future__ import annotations

@@ -13,6 +13,7 @@ import ctypes
 import mmap
 import os
 
+from penstock.pool.backing import alignment_of, is_device
 from penstock.pool.layout import HUGE_PAGE, PAGE
 
 __all__ = ["allocate", "map_for_huge_pages"]
@@ -31,22 +32,29 @@ def map_for_huge_pages(fd: int, offset: int, size: int, *, writable: bool) -> tu
     """Map a range of a file, shared. Returns the object that owns the mapping, and where in it the range starts.
 
     Python's mmap takes no address: a larger private range is reserved with it, and the file is mapped over a part of
-    that. Raises OSError. The object's buffer is writable even where the range is not.
+    that. Where a file maps in large pages only, what lies around the range in those is mapped with it. Raises OSError.
+    The object's buffer is writable even where the range is not.
     """
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
-    room = mmap.mmap(-1, size + HUGE_PAGE, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
+    page = alignment_of(fd)
+    first, stop = offset // page * page, -(-(offset + size) // page) * page
+    step = max(HUGE_PAGE, page)
+    room = mmap.mmap(-1, stop - first + step, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | _MAP_NORESERVE)
     base = ctypes.addressof(ctypes.c_char.from_buffer(room))
-    skip = (offset - base) % HUGE_PAGE
-    if _libc.mmap(base + skip, size, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, offset) == _MAP_FAILED:
+    skip = (first - base) % step
+    if _libc.mmap(base + skip, stop - first, protection, mmap.MAP_SHARED | _MAP_FIXED, fd, first) == _MAP_FAILED:
         raise OSError(ctypes.get_errno(), os.strerror(ctypes.get_errno()))
-    return room, skip
+    return room, skip + offset - first
 
 
 def allocate(fd: int, start: int, size: int) -> None:
     """Allocate and touch a page-aligned range of a file, in huge pages where they can be had.
 
-    Raises OSError where the file system has no room; nobody is killed by a SIGBUS. What the range holds stays.
+    Raises OSError where the file system has no room; nobody is killed by a SIGBUS. What the range holds stays. A
+    device's memory is there already.
     """
+    if is_device(fd):
+        return
     # One page of each huge page must be there to make one of it; the rest is then never allocated one by one.
     for piece in range(start, start + size, HUGE_PAGE):
         os.posix_fallocate(fd, piece, min(PAGE, start + size - piece))

@@ -17,7 +17,9 @@ from penstock.pool.wire import (
     PROTOCOL,
     Confirm,
     Connection,
+    Forget,
     Hello,
+    Json,
     Names,
     Reply,
     Request,
@@ -115,6 +117,16 @@ class SocketLink:
         if len(self._untold) < _MAX_UNTOLD:
             self._untold |= request.names
             self.send_errand()
+
+    def forget(self, request: Forget) -> int:
+        """Have blocks evicted. Returns how many are still there, because somebody leases them or what continues them.
+
+        Raises KeeperError or NoKeeper.
+        """
+        reply = self._ask(request)
+        if not isinstance(reply, Json):
+            raise KeeperError(f"unexpected answer {type(reply).__name__} to blocks to forget")
+        return int(reply.body["left"])
 
     def send_errand(self) -> None:
         """Wake the background thread, if it still runs."""

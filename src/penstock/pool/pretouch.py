@@ -13,9 +13,11 @@ from __future__ import annotations
 import errno
 import os
 import sys
+from pathlib import Path
 
 from penstock.pool.huge import allocate
 from penstock.pool.layout import HUGE_PAGE
+from penstock.pool.segment import open_existing
 
 __all__ = ["touch_range"]
 
@@ -35,11 +37,10 @@ def touch_range(fd: int, start: int, size: int) -> bool:
 
 
 def main(path: str, start: int) -> int:
-    """Touch from `start` to the end. Exit status 0 when all is touched, 1 when the file system is full."""
+    """Touch from `start` to the segment's end. Exit status 0 when all is touched, 1 when the file system is full."""
     os.nice(10)
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
-    end = os.fstat(fd).st_size
-    at = start
+    segment = open_existing(Path(path))
+    fd, end, at = segment.fd, segment.geometry.total_bytes, start
     while at < end:
         piece = min(_PIECE, end - at)
         if not touch_range(fd, at, piece):

@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from penstock.errors import ConfigError, Damaged, FormatMismatch, NoPool, NoSpaceLeft, NotOurs
 from penstock.pool import layout
+from penstock.pool.backing import alignment_of, free_bytes, is_device, size_of
 from penstock.pool.huge import allocate, map_for_huge_pages
 from penstock.pool.layout import Geometry
 
@@ -49,7 +50,12 @@ def default_path(name: str) -> Path:
 
 
 def lock_path(path: Path) -> Path:
-    """The lock file beside a segment: byte 0 is the keeper's, byte 1 + k lane k's. It is never unlinked."""
+    """The lock file beside a segment: byte 0 is the keeper's, byte 1 + k lane k's. It is never unlinked.
+
+    A device's lies in shared memory, beside which no files belong.
+    """
+    if path.parent == Path("/dev"):
+        return Path("/dev/shm") / f"penstock-{path.name}.lock"
     return path.with_name(path.name + ".lock")
 
 
@@ -90,9 +96,10 @@ class Segment:
 def create(path: Path, geometry: Geometry) -> Segment:
     """Make a new segment. The caller holds the keeper's lock.
 
-    Raises NoSpaceLeft if the file system cannot hold it, before anything is written. The tables are allocated here, the
-    slabs later, piece by piece. What an interrupted creation left (a zero where the magic number belongs) is replaced.
-    NotOurs for another user's file, Damaged for one that was never a segment.
+    Raises NoSpaceLeft if the file system or device cannot hold it, before anything is written. The tables are allocated
+    here, the slabs later, piece by piece. What an interrupted creation left (a zero where the magic number belongs) is
+    replaced. NotOurs for another user's file, Damaged for one that was never a segment, ConfigError for a device that
+    is no memory.
     """
     check_room(path, geometry.total_bytes)
     fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
@@ -102,9 +109,7 @@ def create(path: Path, geometry: Geometry) -> Segment:
         os.close(fd)
         raise
     try:
-        os.ftruncate(fd, 0)
-        os.ftruncate(fd, geometry.total_bytes)
-        allocate(fd, 0, geometry.data_offset)
+        _make_tables(fd, geometry)
         identity = uuid_module.uuid4().bytes
         page = bytearray(layout.PAGE)
         for offset, field in _HEADER_WORDS:
@@ -114,29 +119,61 @@ def create(path: Path, geometry: Geometry) -> Segment:
         struct.pack_into("<Q", page, layout.H_CREATED_MS, time.time_ns() // 1_000_000)
         struct.pack_into("<Q", page, layout.H_VERSION, layout.FORMAT_VERSION)
         page[layout.H_UUID : layout.H_UUID + 16] = identity
-        os.pwrite(fd, page, 0)
+        _write(fd, page, 0)
         # Last: a segment without it does not exist.
-        os.pwrite(fd, struct.pack("<Q", layout.MAGIC), layout.H_MAGIC)
+        _write(fd, struct.pack("<Q", layout.MAGIC), layout.H_MAGIC)
     except OSError as error:
         os.close(fd)
         raise NoSpaceLeft(f"{path}: {error.strerror}; ask for a smaller --size or another --path") from error
     return Segment(path, fd, geometry, identity)
 
 
+def _make_tables(fd: int, geometry: Geometry) -> None:
+    """Everything before the data: allocated, and zero."""
+    if not is_device(fd):
+        page = alignment_of(fd)
+        os.ftruncate(fd, 0)
+        os.ftruncate(fd, -(-geometry.total_bytes // page) * page)
+        allocate(fd, 0, geometry.data_offset)
+        return
+    _write(fd, bytes(8), layout.H_MAGIC)
+    for start in range(0, geometry.data_offset, layout.HUGE_PAGE):
+        _write(fd, bytes(min(layout.HUGE_PAGE, geometry.data_offset - start)), start)
+
+
+def _write(fd: int, data: bytes | bytearray, offset: int) -> None:
+    if alignment_of(fd) == layout.PAGE:
+        os.pwrite(fd, data, offset)
+        return
+    mapped, at = map_for_huge_pages(fd, offset, len(data), writable=True)
+    with mapped:
+        mapped[at : at + len(data)] = data
+
+
+def _read(fd: int, size: int) -> bytes:
+    """The first bytes; fewer where there are no more."""
+    if not is_device(fd):
+        return os.pread(fd, size, 0)
+    mapped, at = map_for_huge_pages(fd, 0, size, writable=False)
+    with mapped:
+        return mapped[at : at + size]
+
+
 def _check_replaceable(path: Path, fd: int) -> None:
     status = os.fstat(fd)
     if status.st_uid != os.geteuid():
         raise NotOurs(f"{path} belongs to user {status.st_uid}; choose another --name or --path")
-    if not stat.S_ISREG(status.st_mode) or os.pread(fd, 8, 0) not in (b"", bytes(8), struct.pack("<Q", layout.MAGIC)):
-        raise Damaged(f"{path} is not a Penstock segment; remove it or choose another --path")
+    usable = stat.S_ISREG(status.st_mode) or is_device(fd)
+    if not usable or _read(fd, 8) not in (b"", bytes(8), struct.pack("<Q", layout.MAGIC)):
+        raise Damaged(f"{path} is not a Penstock segment; remove (a device: clear) it or choose another --path")
 
 
-def open_existing(path: Path, *, check_owner: bool = True) -> Segment:
-    """Open a segment that is there.
+def open_existing(path: Path, *, check_owner: bool = True, writable: bool = True) -> Segment:
+    """Open a segment that is there; not to be written to unless `writable`.
 
     Raises NoPool, NotOurs, FormatMismatch or Damaged; the text names the remedy.
     """
-    fd = _open_file(path)
+    fd = _open_file(path, writable)
     try:
         return _checked(path, fd, check_owner)
     except BaseException:
@@ -151,14 +188,26 @@ def exists(path: Path) -> bool:
     except NoPool:
         return False
     try:
-        return os.pread(fd, 8, 0) == struct.pack("<Q", layout.MAGIC)
+        return _read(fd, 8) == struct.pack("<Q", layout.MAGIC)
     finally:
         os.close(fd)
 
 
-def _open_file(path: Path) -> int:
+def delete(path: Path) -> None:
+    """Remove a segment's file; a device is cleared so far that no segment is found on it."""
+    if not path.is_char_device():
+        path.unlink()
+        return
+    fd = _open_file(path)
     try:
-        return os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        _write(fd, bytes(8), layout.H_MAGIC)
+    finally:
+        os.close(fd)
+
+
+def _open_file(path: Path, writable: bool = True) -> int:
+    try:
+        return os.open(path, (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC | os.O_NOFOLLOW)
     except FileNotFoundError as error:
         raise NoPool(f"no segment at {path}; start one with `penstock serve`") from error
     except PermissionError as error:
@@ -171,7 +220,7 @@ def _checked(path: Path, fd: int, check_owner: bool) -> Segment:
     status = os.fstat(fd)
     if check_owner and status.st_uid != os.geteuid():
         raise NotOurs(f"{path} belongs to user {status.st_uid}; choose another --name or --path")
-    page = os.pread(fd, layout.PAGE, 0)
+    page = _read(fd, layout.PAGE)
     if len(page) < layout.PAGE:
         raise Damaged(f"{path} is shorter than a header; remove it with `penstock rm`")
     magic, version = struct.unpack_from("<QQ", page, 0)
@@ -186,8 +235,8 @@ def _checked(path: Path, fd: int, check_owner: bool) -> Segment:
     total, buckets = struct.unpack_from("<Q", page, layout.H_TOTAL_BYTES)[0], struct.unpack_from("<Q", page, 64)[0]
     if not _plausible(geometry, total, buckets):
         raise Damaged(f"{path}: the header contradicts itself; remove it with `penstock rm`")
-    if status.st_size < total:
-        raise Damaged(f"{path} has {status.st_size} of {total} bytes: it was truncated; remove it with `penstock rm`")
+    if (size := size_of(fd)) < total:
+        raise Damaged(f"{path} has {size} of {total} bytes: it was truncated; remove it with `penstock rm`")
     return Segment(path, fd, geometry, page[layout.H_UUID : layout.H_UUID + 16])
 
 
@@ -201,7 +250,14 @@ def _plausible(geometry: Geometry, total: int, buckets: int) -> bool:
 
 
 def check_room(path: Path, size_bytes: int) -> None:
-    """Raise NoSpaceLeft, naming the remedy, if the file system of `path` cannot hold a file of this size."""
+    """Raise NoSpaceLeft, naming the remedy, if the file system of `path` cannot hold a file of this size, or the device
+    there has less."""
+    if path.is_char_device():
+        if size_bytes > (size := device_bytes(path)):
+            raise NoSpaceLeft(
+                f"{path} has {size >> 20} MiB, the pool needs {size_bytes >> 20}; ask for a smaller --size"
+            )
+        return
     folder = path.parent
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a directory; give a --path whose folder exists")
@@ -216,5 +272,13 @@ def check_room(path: Path, size_bytes: int) -> None:
 
 def room_bytes(folder: Path) -> int:
     """Bytes that the file system of a folder can still take."""
-    status = os.statvfs(folder)
-    return status.f_bavail * status.f_frsize
+    return free_bytes(folder)
+
+
+def device_bytes(path: Path) -> int:
+    """The size of a DAX device. Raises ConfigError for other devices, NoPool and NotOurs."""
+    fd = _open_file(path)
+    try:
+        return size_of(fd)
+    finally:
+        os.close(fd)

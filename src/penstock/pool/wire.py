@@ -19,7 +19,20 @@ import msgspec
 
 from penstock.errors import ConfigError, KeeperError, NoKeeper, NotOurs
 
-__all__ = ["Confirm", "Error", "Hello", "Json", "Names", "Ok", "Query", "Request", "SpaceIs", "SpaceOf", "Welcome"]
+__all__ = [
+    "Confirm",
+    "Error",
+    "Forget",
+    "Hello",
+    "Json",
+    "Names",
+    "Ok",
+    "Query",
+    "Request",
+    "SpaceIs",
+    "SpaceOf",
+    "Welcome",
+]
 
 PROTOCOL = 1
 MAX_FRAME = 1 << 20
@@ -75,6 +88,14 @@ class Names(msgspec.Struct, frozen=True, tag="names", forbid_unknown_fields=True
     names: dict[int, str]
 
 
+class Forget(msgspec.Struct, frozen=True, tag="forget", forbid_unknown_fields=True):
+    """Evict these blocks of a space, and what continues their chains. Answered by `Json` with how many are `left`."""
+
+    digest: bytes
+    keys: bytes
+    """n x 16."""
+
+
 class Query(msgspec.Struct, frozen=True, tag="query", forbid_unknown_fields=True):
     """An administrative question: stat, ls, fsck, or kick with a client's lane as argument."""
 
@@ -94,7 +115,7 @@ class Error(msgspec.Struct, frozen=True, tag="error", forbid_unknown_fields=True
     text: str
 
 
-Request = Hello | Confirm | SpaceOf | Names | Query
+Request = Hello | Confirm | SpaceOf | Names | Forget | Query
 Reply = Welcome | SpaceIs | Ok | Json | Error
 
 _encoder = msgspec.msgpack.Encoder()

@@ -20,6 +20,7 @@ from penstock.pool.wire import (
     PROTOCOL,
     Confirm,
     Error,
+    Forget,
     FrameReader,
     Hello,
     Json,
@@ -150,6 +151,8 @@ class Guests:
         if isinstance(request, Names):
             self._keeper.learn_names(request.names)
             return Ok()
+        if isinstance(request, Forget):
+            return Json({"left": self._keeper.forget(request.digest, request.keys)})
         return self._space(request)
 
     def _hello(self, guest: Guest, hello: Hello) -> Welcome:

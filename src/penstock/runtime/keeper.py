@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.core.brain import Brain, ConsistencyError
+from penstock.errors import KeeperError
 from penstock.pool import layout
 from penstock.pool.authority import Authority, Events, Survivors
 from penstock.pool.cells import peek, poke, poke_and_fence
@@ -337,6 +338,21 @@ class Keeper:
         if gone := before - len(self._damaged):
             self.authority.count(G_DAMAGED, gone)
             log.error("%d damaged blocks dropped, with all that continued them: %d", gone, evicted)
+
+    def forget(self, digest: bytes, keys: bytes) -> int:
+        """Evict the blocks of a space with these keys, n x 16 bytes, and what continues their chains.
+
+        Returns how many are still there: leased, or above something leased. Raises KeeperError for bytes that are no
+        keys.
+        """
+        if len(keys) % 16:
+            raise KeeperError(f"{len(keys)} bytes are not keys of 16 bytes")
+        space = self.authority.spaces.get(digest)
+        if space is None:
+            return 0
+        words = np.frombuffer(keys, np.uint64).reshape(-1, 2).copy()
+        self._evict_with_descendants(self.authority.units_of(space.id, words), Eviction.FORGOTTEN)
+        return len(self.authority.units_of(space.id, words))
 
     # ---- clients
 

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -92,17 +93,23 @@ class Crew:
         open_calls: dict[int, _Call[T]] = {}
         self._enter(ends)
         try:
-            for index, work in enumerate(calls):
+            for index in count():
                 if len(open_calls) == (window or self.size):
                     self._take_one(ends, open_calls, deadline, take)
+                work = next(calls, None)
+                if work is None:
+                    break
                 open_calls[index] = self._submit(index, work, ends)
             while open_calls:
                 self._take_one(ends, open_calls, deadline, take)
         finally:
             self._leave(ends, open_calls)
 
-    def close(self, patience_s: float = 1.0) -> None:
-        """Wake everybody who waits (they get TierUnavailable) and give running calls a moment to end. Idempotent."""
+    def close(self, patience_s: float = 1.0) -> bool:
+        """Wake everybody who waits (they get TierUnavailable) and give running calls a moment to end. Idempotent.
+
+        Returns whether all of them did.
+        """
         end = time.monotonic() + patience_s
         with self._lock:
             self._state.closed = True
@@ -112,6 +119,7 @@ class Crew:
             self._work.notify_all()
             while self._state.threads + self._state.left and (wait_s := end - time.monotonic()) > 0:
                 self._work.wait(wait_s)
+            return self._state.threads + self._state.left == 0
 
     def _enter(self, ends: SimpleQueue[Ended[T] | None]) -> None:
         with self._lock:

@@ -38,6 +38,7 @@ _TIERS: dict[str, str] = {
     "gs": "penstock.tiers.objects_gs",
     "mooncake": "penstock.tiers.mooncake",
     "s3": "penstock.tiers.objects_s3",
+    "memory": "penstock.tiers.memory",
 }
 """Scheme -> module with `open_tier(location, options, name) -> Tier` and `DEFAULT_WRITE: WriteRule`."""
 

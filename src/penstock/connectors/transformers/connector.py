@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from penstock import Intent, KeyChain, Lease, Miss, Pool, SpaceHandle, chain_keys
-from penstock.connectors.below import Bringer, FetchMode
+from penstock.connectors.below import Bringer, FetchMode, Wish
 from penstock.connectors.counters import Counters
 from penstock.connectors.transformers.attachment import Attachment
 from penstock.connectors.transformers.cache import KvShape, ReservedCache, snapshot_of
@@ -74,6 +74,8 @@ class Loaded:
     miss: Miss
     """Why the hit is not longer; NONE if it is as long as a hit can be (at least one token is always
     computed)."""
+    fetched_blocks: int = 0
+    """Blocks that were brought for it from a tier below the pool."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,8 +88,10 @@ class GenerationResult:
     hit_tokens: int
     miss: Miss
     ttft_s: float
-    """From the call to the first new token, loading included."""
+    """From the call to the first new token, loading and fetching included."""
     total_s: float
+    fetched_blocks: int = 0
+    """Blocks that were brought for it from a tier below the pool."""
 
 
 class Connector:
@@ -182,6 +186,7 @@ class Connector:
             miss=loaded.miss,
             ttft_s=(watch.first_s or ended) - started,
             total_s=ended - started,
+            fetched_blocks=loaded.fetched_blocks,
         )
         self._report(result, job)
         return result
@@ -257,13 +262,13 @@ class Connector:
         found = self._attachment.handle(space, self._label)
         if isinstance(found, Miss):
             return self._loaded(cache, 0, found), None
-        n_blocks, miss = self._fill(cache, *found, tokens, options)
+        n_blocks, miss, fetched = self._fill(cache, *found, tokens, options)
         job = None
         if not options.skip_save:
             look_first = miss not in _SEEN_MISSING
             job = SaveJob(*found, options.intent, list(tokens), n_saved=n_blocks, look_first=look_first)
             job.n_wanted = n_blocks
-        return self._loaded(cache, n_blocks, miss), job
+        return self._loaded(cache, n_blocks, miss, fetched), job
 
     def _fill(
         self,
@@ -272,36 +277,43 @@ class Connector:
         handle: SpaceHandle,
         tokens: list[int],
         options: RequestOptions,
-    ) -> tuple[int, Miss]:
-        """Copy the prefix into `cache`: how many blocks, and why not more."""
+    ) -> tuple[int, Miss, int]:
+        """Copy the prefix into `cache`: how many blocks, why not more, and how many of them had to be fetched."""
+        fetched = 0
         if options.skip_load:
-            return 0, Miss.SKIPPED
+            return 0, Miss.SKIPPED, fetched
         # The last token is always computed: its logits are what the first new token is drawn from.
         keys = chain_keys(handle.space, tokens[: len(tokens) - 1])
         try:
             lease = pool.match(handle, keys, intent=options.intent)
             if len(lease) < len(keys) and lease.miss is Miss.ABSENT:
-                lease = self._bring(pool, handle, keys, lease, len(tokens), options)
+                lease, fetched = self._bring(pool, handle, keys, lease, len(tokens), options)
             with lease:
                 if len(lease) * self._block_tokens < options.min_hit_tokens:
-                    return 0, Miss.SKIPPED
+                    return 0, Miss.SKIPPED, fetched
                 n_blocks, miss = self._gather(cache, lease)
         except Exception as error:  # noqa: BLE001 - the border to the pool: even its bugs cost only the hit
-            return 0, self._attachment.failed(error)
+            return 0, self._attachment.failed(error), fetched
         if n_blocks * self._block_tokens < options.min_hit_tokens:
-            return 0, miss
+            return 0, miss, fetched
         cache.show(n_blocks * self._block_tokens)
-        return n_blocks, miss
+        return n_blocks, miss, fetched
 
     def _bring(
         self, pool: Pool, handle: SpaceHandle, keys: KeyChain, lease: Lease, n_tokens: int, options: RequestOptions
-    ) -> Lease:
-        """The same lease, or a longer one after blocks came from below. What is leased stays so meanwhile."""
-        n_blocks = self._bringer.bring(pool, handle, keys, n_tokens, intent=options.intent, mode=options.fetch)
-        if n_blocks <= len(lease):
-            return lease
+    ) -> tuple[Lease, int]:
+        """The same lease, or a longer one after blocks came from below, and how many came. What is leased stays so
+        meanwhile."""
+        wish = Wish(n_tokens=n_tokens, mode=options.fetch, min_hit_tokens=options.min_hit_tokens, intent=options.intent)
+        try:
+            brought = self._bringer.bring(pool, [(handle, keys)], wish)
+        except BaseException:
+            lease.release()
+            raise
+        if brought.n_blocks <= len(lease):
+            return lease, brought.moved
         with lease:
-            return pool.match(handle, keys, intent=options.intent)
+            return pool.match(handle, keys, intent=options.intent), brought.moved
 
     def _gather(self, cache: ReservedCache, lease: Lease) -> tuple[int, Miss]:
         """A short copy leaves garbage behind the blocks that are good; it is never shown."""
@@ -310,11 +322,11 @@ class Connector:
             n_blocks = lease.gather(cache.reserved().tensor_map(0, n_blocks, self._block_tokens))
         return n_blocks, Miss(lease.miss)
 
-    def _loaded(self, cache: ReservedCache, n_blocks: int, miss: Miss) -> Loaded:
+    def _loaded(self, cache: ReservedCache, n_blocks: int, miss: Miss, fetched: int = 0) -> Loaded:
         self._counters.add("requests")
         self._counters.add("hit_tokens", n_blocks * self._block_tokens)
         self._counters.add(f"miss.{miss.name.lower()}")
-        return Loaded(cache, n_blocks * self._block_tokens, miss)
+        return Loaded(cache, n_blocks * self._block_tokens, miss, fetched)
 
     def _watched(self, job: SaveJob | None, cache: ReservedCache, ids: torch.Tensor) -> None:
         """After every new token: ask for the blocks that became full."""
@@ -327,10 +339,11 @@ class Connector:
 
     def _report(self, result: GenerationResult, job: SaveJob | None) -> None:
         _log.info(
-            "prompt_tokens=%d hit_tokens=%d miss=%s new_tokens=%d save_blocks=%d ttft_ms=%.1f",
+            "prompt_tokens=%d hit_tokens=%d miss=%s fetched_blocks=%d new_tokens=%d save_blocks=%d ttft_ms=%.1f",
             result.prompt_tokens,
             result.hit_tokens,
             result.miss.name.lower(),
+            result.fetched_blocks,
             len(result.tokens),
             0 if job is None else job.n_wanted - result.hit_tokens // self._block_tokens,
             1e3 * result.ttft_s,

@@ -1,19 +1,19 @@
 """Blocks from the tiers below the pool, for requests that wait for them; the engine goes on with others meanwhile.
 
-A fetch runs on a thread, for every rank's space in turn. The scheduler asks in each of its steps whether it is over,
-and then looks the request up again. Whether fetching is worth it is decided in `penstock.connectors.below`.
+A fetch runs on a thread, for all ranks' spaces. The scheduler asks in each of its steps whether it is over, and then
+looks the request up again; past its deadline a fetch is over whatever its thread does. Whether fetching is worth it is
+decided in `penstock.connectors.below`.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping
+import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 
-from penstock import Intent, KeyChain, Pool, SpaceHandle
-from penstock.connectors.below import Bringer, FetchMode
+from penstock import Pool
+from penstock.connectors.below import NOTHING, Bringer, Brought, FetchMode, Wanted, Wish
 from penstock.connectors.counters import Counters
 
 __all__ = ["Fetches", "Fetching"]
@@ -21,68 +21,90 @@ __all__ = ["Fetches", "Fetching"]
 _log = logging.getLogger("vllm.penstock")
 
 _AT_ONCE = 8
+_LOOK_AGAIN_S = 1.0
+"""How often it is looked whether tiers came, where there are none."""
 
 
-@dataclass(slots=True, eq=False)
 class Fetching:
     """One request's fetch."""
 
-    over: threading.Event = field(default_factory=threading.Event)
-    off: threading.Event = field(default_factory=threading.Event)
-    """Nobody wants it any more."""
+    def __init__(self, until_s: float) -> None:
+        self._until_s = until_s
+        self._ended = threading.Event()
+        self._off = threading.Event()
+        self.brought: Brought = NOTHING
+        """What came of it, once it is over."""
+
+    @property
+    def over(self) -> bool:
+        """Whether it ended; at its deadline it is called off."""
+        if not self._ended.is_set() and time.monotonic() >= self._until_s:
+            self._off.set()
+        return self._ended.is_set() or self._off.is_set()
+
+    def call_off(self) -> None:
+        """Nobody wants it any more."""
+        self._off.set()
 
 
 class Fetches:
-    """The fetches of one engine. `start` is for the engine's thread; nothing here makes it wait."""
+    """The fetches of one engine. Nothing here makes its caller wait, but for `close`."""
 
-    def __init__(self, bringer: Bringer, counters: Counters, mode: FetchMode) -> None:
-        self._bringer, self._counters, self._mode = bringer, counters, mode
+    def __init__(self, bringer: Bringer, counters: Counters, deadline_s: float) -> None:
+        self._bringer, self._counters, self._deadline_s = bringer, counters, deadline_s
         self._threads = ThreadPoolExecutor(_AT_ONCE, "penstock-fetch")
-        self._looking: threading.Event | None = None
+        self._lock = threading.Lock()
+        self._running: set[Fetching] = set()
+        self._looked_at_s = float("-inf")
+        self._looking = False
 
-    def start(
-        self, pool: Pool, wanted: Mapping[SpaceHandle, KeyChain], n_tokens: int, intent: Intent | None
-    ) -> Fetching | None:
-        """Have blocks brought, by rank; None where there are no tiers below this pool, as far as is known."""
-        if self._mode is FetchMode.NEVER:
+    def __len__(self) -> int:
+        """Those whose threads have not ended."""
+        return len(self._running)
+
+    def look_ahead(self, pool: Pool | None) -> None:
+        """A request came: see off this thread whether there are tiers, so that it is known when it is looked up."""
+        now = time.monotonic()
+        if pool is None or pool.has_tiers() or self._looking or now - self._looked_at_s < _LOOK_AGAIN_S:
+            return
+        self._looking, self._looked_at_s = True, now
+        self._threads.submit(self._look, pool)
+
+    def start(self, pool: Pool, wanted: Wanted, wish: Wish) -> Fetching | None:
+        """Have blocks brought; None where there are no tiers below this pool, as far as is known."""
+        if wish.mode is FetchMode.NEVER or not (pool.has_tiers() or self._looking):
             return None
-        if not pool.has_tiers():
-            self._look(pool)
-            return None
-        fetching = Fetching()
-        self._threads.submit(self._bring, fetching, pool, dict(wanted), n_tokens, intent)
+        until_s = time.monotonic() + self._deadline_s
+        fetching = Fetching(until_s)
+        with self._lock:
+            self._running.add(fetching)
+        self._threads.submit(self._bring, fetching, pool, wanted, wish, until_s)
         return fetching
 
     def close(self) -> None:
-        """Start nothing more. What runs ends at its deadline, and nobody is told."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        """Call everything off and wait until the threads have ended, which takes some milliseconds."""
+        with self._lock:
+            running = list(self._running)
+        for fetching in running:
+            fetching.call_off()
+        self._threads.shutdown(wait=True)
 
     def _look(self, pool: Pool) -> None:
-        """See whether a keeper with tiers came, off the engine's thread and once at a time."""
-        if self._looking is None or self._looking.is_set():
-            self._looking = over = threading.Event()
-            self._threads.submit(self._look_now, pool, over)
-
-    def _look_now(self, pool: Pool, over: threading.Event) -> None:
         try:
             pool.has_tiers(look=True)
         finally:
-            over.set()
+            self._looking = False
 
-    def _bring(
-        self, fetching: Fetching, pool: Pool, wanted: Mapping[SpaceHandle, KeyChain], n_tokens: int,
-        intent: Intent | None,
-    ) -> None:  # fmt: skip
+    def _bring(self, fetching: Fetching, pool: Pool, wanted: Wanted, wish: Wish, until_s: float) -> None:
         try:
-            n_blocks: int | None = None
-            for handle, keys in wanted.items():
-                # What one rank lacks is of no use to the others.
-                part = keys if n_blocks is None else keys[:n_blocks]
-                n_blocks = self._bringer.bring(
-                    pool, handle, part, n_tokens, intent=intent, mode=self._mode, give_up=fetching.off.is_set
-                )
+            if fetching.over:
+                self._counters.add("fetch.end.called_off")
+                return
+            fetching.brought = self._bringer.bring(pool, wanted, wish, give_up=lambda: fetching.over, until_s=until_s)
         except Exception as error:  # noqa: BLE001 - the border to the pool: even its bugs cost only the hit
             self._counters.add(f"fetch.bug.{type(error).__name__}")
             _log.warning("a fetch failed: %s", error)
         finally:
-            fetching.over.set()
+            with self._lock:
+                self._running.discard(fetching)
+            fetching._ended.set()

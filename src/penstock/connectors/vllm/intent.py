@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from penstock.connectors.below import FetchMode
 from penstock.types import Intent
 
 __all__ = [
@@ -52,6 +53,8 @@ class Asked:
     """A hit of fewer tokens is not worth loading to this request."""
     wait_s: float = 0.0
     """How long its first lookup may wait for blocks that another server is still storing."""
+    fetch: FetchMode | None = None
+    """What to do about blocks below the pool; None if it said nothing."""
     malformed: tuple[str, ...] = ()
     """What was ignored, by the name of its place: one of a small fixed set, never the request's own text."""
 
@@ -90,6 +93,7 @@ def read_request(request: object) -> Asked:
         skip_load=said.get("skip_load", False),
         min_hit_tokens=said.get("min_hit_tokens", 0),
         wait_s=said.get("wait_s", 0.0),
+        fetch=said.get("fetch"),
         malformed=tuple(dict.fromkeys(malformed)),
     )
 
@@ -171,6 +175,12 @@ def _flag(value: object) -> object:
     return value
 
 
+def _mode(value: object) -> object:
+    if not isinstance(value, str) or value not in set(FetchMode):
+        raise _Malformed
+    return FetchMode(value)
+
+
 def _whole(least: int, most: int) -> Callable[[object], object]:
     def check(value: object) -> object:
         if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
@@ -206,6 +216,7 @@ _FIELDS: dict[str, Callable[[object], object]] = {
     "skip_load": _or_unsaid(_flag),
     "min_hit_tokens": _or_unsaid(_whole(0, _MAX_TOKENS)),
     "wait_s": _or_unsaid(_number(0, _MAX_WAIT_S)),
+    "fetch": _or_unsaid(_mode),
 }
 FIELDS = tuple(_FIELDS)
 """The keys of our object. Times are Unix time (`deadline_s`) and seconds after the last use (`ttl_s`)."""

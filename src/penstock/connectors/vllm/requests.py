@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock import Intent, KeyChain, Lease, Miss, Space
+from penstock.connectors.below import FetchMode
 from penstock.connectors.vllm.fetches import Fetching
 from penstock.connectors.vllm.messages import RankId, Variant
 
@@ -32,6 +33,8 @@ class Lookup:
     leases: dict[RankId, Lease]
     at_s: float
     miss: Miss
+    stale: bool = False
+    """Blocks came since."""
 
     def release(self) -> None:
         """Give all blocks back. Idempotent."""
@@ -52,14 +55,19 @@ class Tracked:
     wait_s: float
     """How long the first lookup may wait for blocks on their way."""
     extras: dict[int, bytes]
+    fetch: FetchMode = FetchMode.AUTO
+    """What to do about blocks below the pool."""
     chains: dict[RankId, KeyChain] = field(default_factory=dict)
     n_hashed: int = 0
     """Tokens that are in the chains."""
     lookup: Lookup | None = None
     wait_until_s: float | None = None
     fetching: Fetching | None = None
-    """Blocks on their way from below the pool, or that came."""
+    """Blocks on their way from below the pool."""
     may_fetch: bool = True
+    """Whether none were asked for yet."""
+    fetched_blocks: int = 0
+    """Blocks that came from below for it, all ranks."""
     loading: int = 0
     """Number of the load in flight, 0 for none."""
     beside: bool = False
@@ -111,6 +119,12 @@ class Tracked:
             self.request.num_computed_tokens - self.request.num_in_flight_tokens, self.request.num_tokens
         )
         return settled
+
+    def call_off_fetch(self) -> None:
+        """It does not wait for blocks from below any more. Idempotent."""
+        if self.fetching is not None:
+            self.fetching.call_off()
+            self.fetching = None
 
     def save_anew(self) -> None:
         """What is stored of this request is not known any more, or not there."""

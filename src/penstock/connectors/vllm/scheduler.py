@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from penstock import Miss
-from penstock.connectors.below import Bringer
+from penstock.connectors.below import Bringer, Wish
 from penstock.connectors.counters import Counters
 from penstock.connectors.vllm.config import ConnectorConfig
 from penstock.connectors.vllm.events import PoolEvents
@@ -89,7 +89,7 @@ class SchedulerHalf:
         """Pages of requests that ended while their last step ran: what it computed is in the prefix cache."""
         self._speed = 0.0
         self._bringer = Bringer(counters, config.fetch_deadline_s)
-        self._fetches = Fetches(self._bringer, counters, config.fetch)
+        self._fetches = Fetches(self._bringer, counters, config.fetch_deadline_s)
         self._cache_manager: Any = None
 
     # ---- start
@@ -133,7 +133,10 @@ class SchedulerHalf:
             min_hit_tokens=max(1, self._config.min_hit_tokens, asked.min_hit_tokens),
             wait_s=asked.wait_s,
             extras={} if alone else chain_extras(request, self._block),
+            fetch=asked.fetch or self._config.fetch,
         )
+        if tracked.may_load:
+            self._fetches.look_ahead(self._tie.pool)
         if asked.skip_load:
             tracked.miss = Miss.SKIPPED
         self._tracked[request.request_id] = tracked
@@ -158,7 +161,7 @@ class SchedulerHalf:
         lookup = self._lookup(tracked, n_computed // self._block)
         if lookup is None:
             return 0, False
-        if lookup.miss is Miss.ABSENT and self._fetch_starts(tracked, lookup):
+        if lookup.miss is Miss.ABSENT and self._fetch_starts(tracked, lookup, n_computed):
             return None, False
         if lookup.miss is Miss.ABSENT and self._may_wait(tracked):
             self._drop_lookup(tracked)
@@ -174,7 +177,7 @@ class SchedulerHalf:
             return 0, False
         return n_tokens, self._beside(tracked.variant, lookup)
 
-    def _fetch_starts(self, tracked: Tracked, lookup: Lookup) -> bool:
+    def _fetch_starts(self, tracked: Tracked, lookup: Lookup, n_computed: int) -> bool:
         """Whether blocks of this request are brought from below the pool now: once for each request."""
         handles = self._ranks.handles(tracked.variant)
         if not tracked.may_fetch or isinstance(handles, Miss):
@@ -185,19 +188,29 @@ class SchedulerHalf:
         n_blocks = (tracked.request.num_tokens - 1) // self._block
         if n_blocks <= lookup.first_block + lookup.n_blocks:
             return False
-        wanted = {handle: tracked.chains[rank][:n_blocks] for rank, handle in of_rank.items()}
-        tracked.fetching = self._fetches.start(pool, wanted, tracked.request.num_tokens, tracked.intent)
+        wanted = [(handle, tracked.chains[rank][:n_blocks]) for rank, handle in of_rank.items()]
+        wish = Wish(
+            n_tokens=tracked.request.num_tokens,
+            mode=tracked.fetch,
+            have_tokens=n_computed,
+            min_hit_tokens=tracked.min_hit_tokens,
+            load_s_per_block=self._ranks.largest_block / (self._speed or _ASSUMED_BYTES_PER_S),
+            intent=tracked.intent,
+        )
+        tracked.fetching = self._fetches.start(pool, wanted, wish)
         return self._fetch_runs(tracked)
 
     def _fetch_runs(self, tracked: Tracked) -> bool:
-        """Whether the request still waits for blocks from below. When they came, it is looked up anew."""
+        """Whether the request still waits for blocks from below. When it does not any more, it is looked up anew."""
         if tracked.fetching is None:
             return False
-        if not tracked.fetching.over.is_set():
+        if not tracked.fetching.over:
             self._orders.waiting = True
             return True
+        tracked.fetched_blocks = tracked.fetching.brought.moved
         tracked.fetching = None
-        self._drop_lookup(tracked)
+        if tracked.lookup is not None:
+            tracked.lookup.stale = True
         return False
 
     def _may_wait(self, tracked: Tracked) -> bool:
@@ -208,10 +221,19 @@ class SchedulerHalf:
     def _lookup(self, tracked: Tracked, first: int) -> Lookup | None:
         """The lookup that stands, or a new one; None without a pool."""
         standing = tracked.lookup
-        if standing is not None:
-            if standing.first_block == first and self._now_s() - standing.at_s < self._config.lease_age_s:
-                return standing
-            self._drop_lookup(tracked)
+        if standing is None:
+            return self._look_up(tracked, first)
+        fresh = not standing.stale and self._now_s() - standing.at_s < self._config.lease_age_s
+        if standing.first_block == first and fresh:
+            return standing
+        try:
+            # What is leased stays so until it is leased anew.
+            return self._look_up(tracked, first)
+        finally:
+            standing.release()
+
+    def _look_up(self, tracked: Tracked, first: int) -> Lookup | None:
+        tracked.lookup = None
         n_full = tracked.request.num_tokens // self._block
         if n_full <= first:
             return None
@@ -381,8 +403,7 @@ class SchedulerHalf:
         if tracked is None:
             return False
         self._drop_lookup(tracked)
-        if tracked.fetching is not None:
-            tracked.fetching.off.set()
+        tracked.call_off_fetch()
         if request.num_in_flight_tokens:
             self._left.append(pages)
         if tracked.admitted < self._step - 1 or not request.num_in_flight_tokens:
@@ -401,20 +422,22 @@ class SchedulerHalf:
         self._counters.add("prompt_tokens", request.num_prompt_tokens)
         self._counters.add(f"lookup.{tracked.miss.name.lower()}")
         _log.info(
-            "request %s: prompt_tokens=%d local_tokens=%d hit_tokens=%d miss=%s blocks=%d",
+            "request %s: prompt_tokens=%d local_tokens=%d hit_tokens=%d miss=%s fetched_blocks=%d blocks=%d",
             request.request_id,
             request.num_prompt_tokens,
             tracked.local_tokens,
             tracked.hit_tokens,
             tracked.miss.name.lower(),
+            tracked.fetched_blocks,
             tracked.n_saved or 0,
         )
 
     def _release_old(self) -> None:
-        """Lookups that no answer was made of, as of requests that wait long for pages."""
+        """Lookups that no answer was made of, as of requests that wait long for pages. Not those of requests that wait
+        for the rest to be fetched: it is to follow them."""
         limit = self._now_s() - self._config.lease_age_s
         for tracked in self._tracked.values():
-            if tracked.lookup is not None and tracked.lookup.at_s <= limit:
+            if tracked.lookup is not None and tracked.lookup.at_s <= limit and tracked.fetching is None:
                 self._drop_lookup(tracked)
 
     def reset(self) -> bool:
@@ -426,6 +449,7 @@ class SchedulerHalf:
         self._mixed = any(tracked.request.num_computed_tokens for tracked in self._tracked.values())
         for tracked in self._tracked.values():
             self._drop_lookup(tracked)
+            tracked.call_off_fetch()
             tracked.variant = Variant(tracked.variant.adapter, self._epoch)
             tracked.forget_keys()
             # What it has computed is of before, and what follows builds on it.
@@ -451,6 +475,7 @@ class SchedulerHalf:
         """Give everything back and leave the pool."""
         for tracked in self._tracked.values():
             self._drop_lookup(tracked)
+            tracked.call_off_fetch()
         for _, lookup in self._loads.values():
             lookup.release()
         self._fetches.close()

@@ -35,6 +35,7 @@ _EXACT = {
     "hit_tokens": Metric("vllm:penstock_hit_tokens", "Tokens taken from the pool instead of being computed."),
     "load.bytes": Metric("vllm:penstock_load_bytes", "Bytes copied out of the pool, all ranks."),
     "load.failed_blocks": Metric("vllm:penstock_load_failed_blocks", "Blocks that a load left to be computed."),
+    "fetch.blocks": Metric("vllm:penstock_fetched_blocks", "Blocks brought from the tiers below the pool, all ranks."),
     "save.blocks": Metric("vllm:penstock_saved_blocks", "Blocks stored in the pool, all ranks."),
     "save.bytes": Metric("vllm:penstock_save_bytes", "Bytes copied into the pool, all ranks."),
 }
@@ -42,6 +43,7 @@ _EXACT = {
 _FAMILIES = {
     "lookup.": Metric("vllm:penstock_lookups", "Requests by why their lookup ended (none: all was found).", "result"),
     "load.failed.": Metric("vllm:penstock_load_failures", "Blocks of one rank that were not loaded.", "reason"),
+    "fetch.end.": Metric("vllm:penstock_fetches", "Requests that missed something, by what the tiers did.", "end"),
     "drop.": Metric("vllm:penstock_dropped_blocks", "Blocks of one rank that were not stored.", "reason"),
     "left_alone.": Metric("vllm:penstock_left_alone", "Requests that neither load nor save.", "reason"),
 }
@@ -53,6 +55,7 @@ METRICS = (*_EXACT.values(), *_FAMILIES.values(), _OTHER)
 TIMES = {
     "load.us": Metric("vllm:penstock_load_seconds", "Seconds of copying out of the pool, by engine step and rank."),
     "save.us": Metric("vllm:penstock_save_seconds", "Seconds of copying into the pool, by engine step and rank."),
+    "fetch.us": Metric("vllm:penstock_fetch_seconds", "Seconds of waiting for the tiers, by engine step."),
 }
 """Counts of microseconds: besides their sum, what each step and rank took, as histograms."""
 

@@ -2,7 +2,7 @@
 
 The engine's thread never waits for the keeper: what is not there yet is a miss. Covers attaching, also to a keeper
 that comes later, and the handles of spaces. Does not cover what a keeper's restart means for an attached client
-(`penstock.runtime.opening` comes back by itself).
+(`penstock.pool.attaching` comes back by itself).
 """
 
 from __future__ import annotations

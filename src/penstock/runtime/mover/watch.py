@@ -81,7 +81,7 @@ class Watch:
             self._tell(rows["kind"], rows["unit"].astype(np.int64))
 
     def _start_over(self) -> None:
-        """Events were lost: what the records say is told, as far as it is new. What stayed was not used again by that."""
+        """Events were lost: what the records say is told, as far as it is new."""
         self.gaps += 1
         there = self._stage.scan()
         gone = np.setdiff1d(np.flatnonzero(self._sizes), there)

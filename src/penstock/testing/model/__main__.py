@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+from penstock.testing.model import incoherent
 from penstock.testing.model.scenarios import MUTATIONS, SCENARIOS, explore
 
 
@@ -20,6 +21,14 @@ def main(wanted: list[str]) -> None:
                 result = str(explore(mutation.scenario, *removed, sequential=sequential))
                 label = " + ".join(removed) + (" (SC)" if sequential else "")
                 print(f"{label:75} {result if wanted else result.splitlines()[0]}", flush=True)
+    for scenario in incoherent.SCENARIOS:
+        if not wanted or scenario in wanted:
+            result = str(incoherent.explore(scenario))
+            print(f"{scenario:75} {result if wanted else result.splitlines()[0]}", flush=True)
+    for loss in incoherent.MUTATIONS:
+        if not wanted or loss.name in wanted:
+            result = str(incoherent.explore(loss.scenario, loss.name))
+            print(f"{loss.name:75} {result if wanted else result.splitlines()[0]}", flush=True)
 
 
 if __name__ == "__main__":
