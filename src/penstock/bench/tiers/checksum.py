@@ -57,19 +57,22 @@ def _shares(shape: tuple[int, int], speeds: list[float], full: bool) -> list[flo
     """Checksum time over fetch time, for fetches of chains of 64 blocks or 128 MiB."""
     space = bench_space(*shape)
     n_chains, rounds = (8, 3) if full else (2, 1)
-    with bench_folder() as folder, served("1G", [f"disk:{folder}/d?size=4G&write=through"]) as serving:
-        with serving.open() as pool:
-            handle = pool.space(space, "bench")
-            chains = random_chains(space, n_chains, seed=5)
-            fill(pool, handle, chains, EngineTensors(space, 64 * space.block_bytes))
-            wait_written(serving, sum(map(len, chains)))
-            shares = []
-            for chain in chains * rounds:
-                forget(pool, handle, chain)
-                started = time.perf_counter()
-                fetch = pool.fetch(handle, chain, _FETCH_S)
-                if fetch.wait() is not FetchEnd.DONE:
-                    raise RuntimeError(f"a fetch ended with {fetch.why.name}")
-                took = time.perf_counter() - started
-                shares.append(len(chain) * space.block_bytes / 1e9 / float(np.median(speeds)) / took)
+    with (
+        bench_folder() as folder,
+        served("1G", [f"disk:{folder}/d?size=4G&write=through"]) as serving,
+        serving.open() as pool,
+    ):
+        handle = pool.space(space, "bench")
+        chains = random_chains(space, n_chains, seed=5)
+        fill(pool, handle, chains, EngineTensors(space, 64 * space.block_bytes))
+        wait_written(serving, sum(map(len, chains)))
+        shares = []
+        for chain in chains * rounds:
+            forget(pool, handle, chain)
+            started = time.perf_counter()
+            fetch = pool.fetch(handle, chain, _FETCH_S)
+            if fetch.wait() is not FetchEnd.DONE:
+                raise RuntimeError(f"a fetch ended with {fetch.why.name}")
+            took = time.perf_counter() - started
+            shares.append(len(chain) * space.block_bytes / 1e9 / float(np.median(speeds)) / took)
     return shares

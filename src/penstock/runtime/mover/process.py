@@ -103,7 +103,7 @@ def _replicas(plan: MoverPlan) -> dict[int, int]:
 
 
 def _attached(name: str) -> Pool:
-    """The keeper's pool, as soon as it serves. Raises NoKeeper when it takes too long; another mover is started then."""
+    """The keeper's pool, as soon as it serves. Raises NoKeeper when it takes too long; another mover comes then."""
     deadline = time.monotonic() + _KEEPER_S
     while True:
         try:
