@@ -104,7 +104,7 @@ def test_reasons_keep_their_numbers() -> None:
         ("FORKED", 11), ("NO_KEEPER", 12), ("SKIPPED", 13), ("CLOSED", 14), ("BAD_ENTRY", 15), ("ABORTED", 16),
     ]  # fmt: skip
     assert [(reason.name, reason.value) for reason in Eviction] == [
-        ("CAPACITY", 0), ("SLAB", 1), ("DUPLICATE", 2), ("CHECKSUM", 3),
+        ("CAPACITY", 0), ("SLAB", 1), ("DUPLICATE", 2), ("CHECKSUM", 3), ("FORGOTTEN", 4),
     ]  # fmt: skip
 
 

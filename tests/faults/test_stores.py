@@ -138,6 +138,7 @@ def test_killed_again_and_again_while_others_write(server: ValkeyServer, tier: T
     """Whatever the calls say meanwhile: nothing that is read is wrong, and none hangs."""
     over = threading.Event()
     problems: list[object] = []
+    done = [0] * 3
 
     def work(number: int) -> None:
         keys = block_keys(LARGE, number, 4)
@@ -148,6 +149,7 @@ def test_killed_again_and_again_while_others_write(server: ValkeyServer, tier: T
                 found = tier.read(batch, time.monotonic() + 2)
             except TierError:
                 continue
+            done[number] += 1
             right = contents(keys, LARGE.block_bytes)
             for i in np.flatnonzero(found == Found.HERE):
                 if not np.array_equal(np.frombuffer(batch.payloads[i], np.uint8), right[i]):
@@ -159,10 +161,12 @@ def test_killed_again_and_again_while_others_write(server: ValkeyServer, tier: T
     for thread in threads:
         thread.start()
     for _ in range(scale.of(3, 50)):
-        broken = tier.counters().get("broken_connections", 0)
+        served = list(done)
+        until(lambda served=served: all(now > then for now, then in zip(done, served)), "each is served")
+        connects = tier.counters()["connects"]
         server.kill()
         server.start()
-        until(lambda before=broken: tier.counters().get("broken_connections", 0) > before, "a call noticed")
+        until(lambda connects=connects: tier.counters()["connects"] > connects, "a call noticed")
     over.set()
     for thread in threads:
         thread.join(20)

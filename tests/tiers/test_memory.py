@@ -21,10 +21,12 @@ from hypothesis import HealthCheck, settings
 from hypothesis.stateful import rule, run_state_machine_as_test
 
 import penstock
-from penstock.errors import ConfigError, TierError, TierTimeout, TierUnavailable
+from penstock.errors import ConfigError, KeeperError, TierError, TierTimeout, TierUnavailable
 from penstock.identity import root_key
 from penstock.pool import segment as segments
 from penstock.pool.layout import Geometry, plan_geometry
+from penstock.pool.link import SocketLink
+from penstock.pool.wire import Forget
 from penstock.testing.pool import chain, make_space, target
 from penstock.testing.tier_blocks import (
     assert_right,
@@ -65,9 +67,11 @@ def joined(keeper: Keeper) -> MemoryTier:
 def place() -> Iterator[Path]:
     """A path in shared memory that nothing has; cleared at the end."""
     path = segments.default_path(f"m{os.getpid()}-{time.monotonic_ns() % 10**9}")
-    yield path
-    for each in (path, segments.lock_path(path)):
-        each.unlink(missing_ok=True)
+    try:
+        yield path
+    finally:
+        for each in (path, segments.lock_path(path)):
+            each.unlink(missing_ok=True)
 
 
 def started(path: Path, options: str = "size=48M&slab=1M") -> MemoryTier:
@@ -238,16 +242,25 @@ def test_any_process_reads_it_in_place(own: MemoryTier) -> None:
         assert not own.holds(space, keys.array, soon()).any()
 
 
+def test_what_is_not_keys_is_refused_and_nothing_ends(own: MemoryTier) -> None:
+    link = own._server.pool._link
+    assert isinstance(link, SocketLink)
+    with pytest.raises(KeeperError, match="not keys"):
+        link.forget(Forget(SPACE.digest, bytes(17)))
+    assert link.forget(Forget(bytes(32), bytes(16))) == 0
+
+
 def test_a_wrong_root_stays_wrong(own: MemoryTier) -> None:
     """Damage that comes from above is not sealed as if it were right: whoever verifies finds it."""
     space = tier_space(40)
     keys = block_keys(space, 0, 3)
     batch = filled(space, keys)
     batch.roots[1] ^= np.uint64(1)
+    given = batch.roots.tolist()
     assert own.write(batch, soon()).tolist() == [STORED] * 3
     back = empty(space, keys)
     own.read(back, soon())
-    assert back.roots.tolist() == batch.roots.tolist()
+    assert back.roots.tolist() == given
 
 
 class Traffic:

@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -92,9 +93,12 @@ class Crew:
         open_calls: dict[int, _Call[T]] = {}
         self._enter(ends)
         try:
-            for index, work in enumerate(calls):
+            for index in count():
                 if len(open_calls) == (window or self.size):
                     self._take_one(ends, open_calls, deadline, take)
+                work = next(calls, None)
+                if work is None:
+                    break
                 open_calls[index] = self._submit(index, work, ends)
             while open_calls:
                 self._take_one(ends, open_calls, deadline, take)

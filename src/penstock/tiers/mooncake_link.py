@@ -5,6 +5,8 @@ write to or read from although nobody waits for it any more. Does not cover bloc
 
 Mooncake's calls cannot be interrupted, and calling a client after its `close`, or while it closes, ends the process
 (seen in 0.3.13). So a client is closed only once no call of ours runs, and otherwise left to the end of the process.
+Its `setup` and `close` hold the interpreter's lock, so both ask first whether the master reacts; one that stops in the
+very moment after still costs every thread of this process up to 30 s.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import socket
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,18 +173,21 @@ class Link:
             return self._client
 
     def close(self) -> None:
-        """Leave the cluster. Blocks. Only once nobody uses the client."""
-        with self._lock:
+        """Leave the cluster, if its master answers. Blocks. Only once nobody uses the client.
+
+        Otherwise the client is left to the end of the process, and the master forgets it in time.
+        """
+        with self._lock, suppress(TierUnavailable):
             if self._client is not None:
+                self._ask_master()
                 self._client.close()
 
     def _join(self) -> Any:
-        own = self._options
-        where = f"{own.master_host}:{own.master_port}"
-        host = own.host or self._address_towards_master(where)
+        own, where = self._options, self._where
+        facing = self._ask_master()
         client = self._class()
         code = client.setup(
-            host, own.metadata, own.segment_bytes, 0, own.protocol, own.device, where,
+            own.host or facing, own.metadata, own.segment_bytes, 0, own.protocol, own.device, where
         )  # fmt: skip
         if code != 0:
             raise TierUnavailable(f"{self._name}: joining the Mooncake cluster of {where} failed with {code}")
@@ -190,14 +196,22 @@ class Link:
             raise TierUnavailable(f"{self._name}: Mooncake would not register memory ({code}); see ulimit -l")
         return client
 
-    def _address_towards_master(self, where: str) -> str:
-        # Mooncake's own attempts go on for a minute and a half where nobody listens.
+    def _ask_master(self) -> str:
+        """This machine's address towards the master, if that reacts. Raises TierUnavailable."""
+        # `setup` and `close` hold the interpreter's lock: with a master that is stopped they would stop this whole
+        # process for 30 s. A master that runs hangs up on what is no request of its protocol.
         try:
             with socket.create_connection((self._options.master_host, self._options.master_port), _PROBE_S) as probe:
+                probe.sendall(bytes(64))
+                probe.recv(1)
                 address: str = probe.getsockname()[0]
                 return address
         except OSError as error:
             why = error.strerror or error
             raise TierUnavailable(
-                f"{self._name}: no Mooncake master at {where} ({why}); check that mooncake_master runs"
+                f"{self._name}: no Mooncake master answers at {self._where} ({why}); check that mooncake_master runs"
             ) from None
+
+    @property
+    def _where(self) -> str:
+        return f"{self._options.master_host}:{self._options.master_port}"

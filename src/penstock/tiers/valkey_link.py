@@ -19,7 +19,8 @@ import socket
 import ssl
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -34,6 +35,9 @@ _SCATTERED = 512
 """Buffers in one system call; Linux takes 1024."""
 _FLIGHT_BYTES = 8 << 20
 """Answers that may be outstanding at once: the server holds them in memory of its own until they are sent."""
+
+_TEXT_BYTES = 1 << 20
+"""No answer but a value is longer: what says so was damaged on its way, and is not worth the memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,12 +201,13 @@ class Link:
         self, address: Address, secret: Secret, db: int, context: ssl.SSLContext | None, deadline: float
     ) -> None:
         self._stream = _DeadlineSocket(_connected(address, context, deadline), deadline)
-        self._connection = _Connection(self._stream, address, secret, db)
         self._scatters = context is None  # TLS has no sendmsg
         self._buffer = bytearray(_BUFFER_BYTES)
         self._at = self._end = 0
         try:
-            self._connection.connect()  # type: ignore[no-untyped-call]
+            self._connection = _Connection(self._stream, address, secret, db)
+            with _understood():
+                self._connection.connect()  # type: ignore[no-untyped-call]
         except BaseException:
             self._stream.close()
             raise
@@ -235,8 +240,9 @@ class Link:
     def ask(self, *words: str, deadline: float) -> Any:
         """One command without large values, through the client library, which takes the answer apart."""
         self._stream.deadline = deadline
-        self._connection.send_command(*words)  # type: ignore[no-untyped-call]
-        return self._connection.read_response(disconnect_on_error=False)
+        with _understood():
+            self._connection.send_command(*words)  # type: ignore[no-untyped-call]
+            return self._connection.read_response(disconnect_on_error=False)
 
     def _send(self, pieces: list[bytes | memoryview]) -> None:
         if not self._scatters:
@@ -256,15 +262,15 @@ class Link:
         line = self._line()
         kind, rest = line[:1], line[1:]
         if kind == b"$":
-            return self._bulk(int(rest), sink)
+            return self._bulk(_number(rest), sink)
         if kind == b":":
-            return int(rest)
+            return _number(rest)
         if kind == b"+":
             return rest
         if kind == b"_":
             return None
         if kind == b"=":  # a text with its format before it ("txt:")
-            text = self._bulk(int(rest), None)
+            text = self._bulk(_number(rest), None)
             return text[4:] if isinstance(text, bytes) else text
         if kind == b"-":
             return _refusal(rest)
@@ -274,6 +280,8 @@ class Link:
         if size < 0:
             return None
         if sink is None:
+            if size > _TEXT_BYTES:
+                raise ConnectionError(f"the server announced a text of {size} bytes, which is none that was asked for")
             value = bytearray(size)
             self._fill(memoryview(value))
             self._crlf()
@@ -340,6 +348,21 @@ def _flights(requests: Sequence[Request]) -> Iterable[list[Request]]:
         size += each.answer_bytes
     if flight:
         yield flight
+
+
+@contextmanager
+def _understood() -> Iterator[None]:
+    """What the client library stumbles over in an answer that is not the protocol's, as an error of the connection."""
+    try:
+        yield
+    except (AttributeError, LookupError, MemoryError, OverflowError, RecursionError, TypeError, ValueError) as error:
+        raise ConnectionError(f"the server's answer makes no sense ({type(error).__name__})") from error
+
+
+def _number(text: bytes) -> int:
+    if not text.lstrip(b"-").isdigit() or len(text) > 20:
+        raise ConnectionError(f"the server said {text[:40]!r} where a number belongs")
+    return int(text)
 
 
 def _bulk(word: bytes) -> bytes:

@@ -10,6 +10,7 @@ Slots, MOVED and ASK are as in the Valkey cluster specification, "Redirection an
 from __future__ import annotations
 
 import itertools
+import re
 import select
 import ssl
 import threading
@@ -34,6 +35,10 @@ _ASKING = Request((b"ASKING",))
 _SLOTS = 16384
 _REDIRECTIONS = 6
 """How often one call follows a key; a key that moves on for longer is a cluster in trouble."""
+
+_REDIRECTION = re.compile(r"(?:MOVED|ASK) \d+ (.*):(\d{1,5})")
+_USED = re.compile(rb"^used_memory:(\d+)\r?$", re.MULTILINE)
+_ROOM = re.compile(rb"^maxmemory:(\d+)\r?$", re.MULTILINE)
 
 _REMEDIES = {
     "NOAUTH": "it wants a password: set PENSTOCK_VALKEY_PASSWORD or the option credentials",
@@ -256,9 +261,11 @@ class Cluster:
         if not isinstance(reply, Refusal) or reply.code not in ("MOVED", "ASK"):
             return None
         self._counts["redirections"] += 1
-        host, _, port = reply.text.split(" ")[2].rpartition(":")
-        if reply.code == "MOVED":
-            self._stale = True
+        self._stale = self._stale or reply.code == "MOVED"
+        target = _REDIRECTION.fullmatch(reply.text)
+        if target is None:
+            raise TierUnavailable(f"the valkey server at {asked} sends us to no address: {reply.text!r}")
+        host, port = target.groups()
         return Address(host.strip("[]") or asked.host, int(port)), reply.code == "ASK"
 
     def _owner(self, request: Request) -> Address:
@@ -309,36 +316,31 @@ class Cluster:
             raise TierUnavailable("no node of the cluster says who holds what: is one of those in the address running?")
         raise failure or TierUnavailable("the cluster's address names no node")
 
-    def _learn(self, rows: list[list[object]], asked: Address) -> None:
+    def _learn(self, rows: object, asked: Address) -> None:
         owners: list[Address | None] = [None] * _SLOTS
-        known: dict[int, list[Address]] = {}
-        for row in rows:
-            first, last, *nodes = row
-            addresses = [_address_in(node, asked) for node in nodes]
-            owners[int(str(first)) : int(str(last)) + 1] = [addresses[0]] * (int(str(last)) - int(str(first)) + 1)
-            for rank, address in enumerate(addresses):
-                known.setdefault(rank, []).append(address)
+        ranks: dict[int, list[Address]] = {}
+        try:
+            for first, last, *nodes in rows:  # type: ignore[attr-defined]
+                addresses = [Address(host.decode() if host else asked.host, int(port)) for host, port, *_ in nodes]
+                owners[first : last + 1] = [addresses[0]] * (last + 1 - first)
+                for rank, address in enumerate(addresses):
+                    ranks.setdefault(rank, []).append(address)
+        except (AttributeError, LookupError, TypeError, ValueError):
+            raise TierUnavailable(f"the server at {asked} does not say who holds what: is it a cluster?") from None
         with self._lock:
-            self._owners = owners
-            self._known = [address for rank in sorted(known) for address in known[rank]]
+            self._owners = owners[:_SLOTS]
+            self._known = [address for rank in sorted(ranks) for address in ranks[rank]]
             self._stale = False
             gone = [self._nodes.pop(address) for address in set(self._nodes) - set(self._known)]
         for node in gone:
             node.close()
 
 
-def _address_in(node: object, asked: Address) -> Address:
-    if not isinstance(node, list) or len(node) < 2:
-        raise TierUnavailable(f"the server at {asked} does not say who holds what: is it part of a cluster?")
-    host, port = node[0], node[1]
-    return Address(host.decode() if host else asked.host, int(port))
-
-
 def _memory_of(reply: Reply) -> tuple[int | None, int | None] | None:
     if not isinstance(reply, bytes):
         return None  # not allowed to ask
-    told = dict(line.split(":", 1) for line in reply.decode(errors="replace").splitlines() if ":" in line)
-    return int(told.get("maxmemory", 0)) or None, int(told.get("used_memory", 0))
+    room, used = _ROOM.search(reply), _USED.search(reply)
+    return (int(room[1]) or None) if room else None, int(used[1]) if used else None
 
 
 def _readable(link: Link) -> bool:

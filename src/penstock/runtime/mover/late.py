@@ -1,17 +1,25 @@
-"""A tier that is opened when it can be: a store that is down when the mover starts is used once it is there."""
+"""A tier that is opened when it can be: a store that is down when the mover starts is used once it is there.
+
+It is also where errors of a tier's code end that are no tier's errors: whatever a library raises, the mover goes on.
+"""
 
 from __future__ import annotations
 
+import logging
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import numpy.typing as npt
 
-from penstock.errors import ConfigError, TierUnavailable
+from penstock.errors import ConfigError, TierError, TierUnavailable
 from penstock.tiers.base import Batch, BlockSpace, Tier, Usage
 from penstock.tiers.registry import TierConfig, open_tier
 
 __all__ = ["LateTier"]
+
+log = logging.getLogger("penstock.mover")
 
 Keys = npt.NDArray[np.uint64]
 
@@ -29,6 +37,7 @@ class LateTier(Tier):
         self._opening = threading.Lock()
         self._tier: Tier | None = None
         self._closed = False
+        self._defects = 0
 
     @property
     def local(self) -> bool:  # type: ignore[override]
@@ -48,33 +57,50 @@ class LateTier(Tier):
                 self._opening.release()
         return self._tier
 
-    def _opened(self) -> Tier:
+    @contextmanager
+    def _opened(self) -> Iterator[Tier]:
         try:
-            return self.open()
+            yield self.open()
+        except TierError:
+            raise
         except ConfigError as error:  # it could be opened with these settings once; what is there has changed
             raise TierUnavailable(str(error)) from error
+        except Exception as error:
+            # The boundary to code that may be anybody's. The text of what it raised may hold secrets.
+            self._defects += 1
+            log.error("tier %s failed with %s, which no tier may raise", self.name, type(error).__name__)
+            log.debug("where", exc_info=True)
+            raise TierUnavailable(
+                f"tier {self.name} failed with {type(error).__name__}, which no tier may raise"
+            ) from None
 
     def holds(self, space: BlockSpace, keys: Keys, deadline: float) -> npt.NDArray[np.bool_]:
-        return self._opened().holds(space, keys, deadline)
+        with self._opened() as tier:
+            return tier.holds(space, keys, deadline)
 
     def write(self, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:
-        return self._opened().write(batch, deadline)
+        with self._opened() as tier:
+            return tier.write(batch, deadline)
 
     def read(self, batch: Batch, deadline: float) -> npt.NDArray[np.uint8]:
-        return self._opened().read(batch, deadline)
+        with self._opened() as tier:
+            return tier.read(batch, deadline)
 
     def remove(self, space: BlockSpace, keys: Keys, deadline: float) -> None:
-        self._opened().remove(space, keys, deadline)
+        with self._opened() as tier:
+            tier.remove(space, keys, deadline)
 
     def touch(self, space: BlockSpace, keys: Keys) -> None:
         if self._tier is not None:
-            self._tier.touch(space, keys)
+            with self._opened() as tier:
+                tier.touch(space, keys)
 
     def usage(self) -> Usage:
         return Usage(None, None, None) if self._tier is None else self._tier.usage()
 
     def counters(self) -> dict[str, int]:
-        return {} if self._tier is None else self._tier.counters()
+        """The tier's own, and `defects`: calls that ended with an error that no tier may raise."""
+        return {"defects": self._defects} | ({} if self._tier is None else self._tier.counters())
 
     def close(self) -> None:
         self._closed = True
