@@ -23,8 +23,8 @@ from penstock.connectors.counters import Counters
 from penstock.connectors.pace import Pace
 from penstock.identity.space import Rank
 from penstock.pool.below import Below, Run
-from tests.support import BLOCK_TOKENS, SPACE, Keeper, must_store, small_geometry, tokens, wait_stopped
-from tests.tiered import disk, replace_pool, wait_stored
+from tests.support import BLOCK_TOKENS, SPACE, Keeper, must_store, tokens, wait_stopped
+from tests.tiered import replace_pool, tiered_keeper, wait_stored
 
 # ---- pace
 
@@ -103,8 +103,8 @@ class Pool:
 
 def bringer(per_token_s: float | None = None) -> Bringer:
     made = Bringer(Counters(), 10.0)
-    for _ in range(20 if per_token_s else 0):
-        made.computed(100, 0, 100 * (per_token_s or 0.0))
+    for n_tokens in (100, 400, 1600) * 10 if per_token_s else ():
+        made.computed(n_tokens, 0, n_tokens * (per_token_s or 0.0))
     return made
 
 
@@ -208,7 +208,7 @@ RANKS = [replace(SPACE, tensor_rank=Rank(rank, 2)) for rank in range(2)]
 
 @pytest.fixture
 def keeper(tmp_path: Path) -> Iterator[Keeper]:
-    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk")]) as running:
+    with tiered_keeper(tmp_path / "disk") as running:
         yield running
 
 
@@ -239,7 +239,7 @@ def test_a_fetch_that_nobody_wants_is_called_off(keeper: Keeper, tmp_path: Path)
         must_store(pool, pool.space(RANKS[0]), keys)
     wait_stored(keeper)
     keeper.stop()
-    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk", "latency=30")]) as slow, slow.open() as pool:
+    with tiered_keeper(tmp_path / "disk", "latency=30") as slow, slow.open() as pool:
         looks = iter([False, False, True])
         made = bringer()
         wish = Wish(n_tokens=641, mode=FetchMode.ALWAYS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -13,9 +14,10 @@ import pytest
 
 from tests.engines.sim.engine import Engine
 from tests.engines.sim.house import House, prompt
+from tests.engines.sim.model import Course
 from tests.engines.sim.runner import BLOCK
 from tests.support import PATIENCE_S, Keeper, small_geometry, until, wait_stopped
-from tests.tiered import damage, disk, replace_pool, wait_stored
+from tests.tiered import damage, tiered_keeper, wait_stored
 
 P = prompt(8, 10 * BLOCK)
 LONGER = [*P, *prompt(9, 40)]
@@ -29,20 +31,29 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, runtime_dir: Path) -> Path:
+    """A disk on which the blocks of P are, of an engine of one rank and of one of two; to be copied."""
+    folder = tmp_path_factory.mktemp("stored") / "disk"
+    with tiered_keeper(folder) as keeper:
+        house = House(keeper)
+        for ranks in (1, 2):
+            house.ask(house.engine(ranks=ranks), P)
+        house.close()
+        wait_stored(keeper)
+    return folder
+
+
 @pytest.fixture
-def keeper(runtime_dir: Path, tmp_path: Path) -> Iterator[Keeper]:
-    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk")]) as running:
+def folder(stored: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(stored, tmp_path / "disk")
+
+
+@pytest.fixture
+def keeper(folder: Path) -> Iterator[Keeper]:
+    """An empty pool above that disk."""
+    with tiered_keeper(folder) as running:
         yield running
-
-
-def on_disk_only(house: House, tokens: list[int] = P, *, ranks: int = 1) -> None:
-    """An engine computed these tokens; then the pool was lost."""
-    house.ask(house.engine(ranks=ranks), tokens)
-    house.end_engines()
-    house.keeper_pool.close()
-    wait_stored(house.keeper)
-    replace_pool(house.keeper)
-    house.keeper_pool = house.keeper.open("oracle")
 
 
 def ends(engine: Engine) -> dict[str, int]:
@@ -91,7 +102,6 @@ def fetching(engine: Engine, house: House, tokens: list[int] = LONGER, **more: A
 @pytest.mark.parametrize("kind", KINDS)
 def test_blocks_come_back_from_disk(house: House, kind: str) -> None:
     settings = KINDS[kind]
-    on_disk_only(house, ranks=settings.get("ranks", 1))
     engine = house.engine(**settings)
     name = house.add(engine, LONGER)
     finish(house)
@@ -102,7 +112,6 @@ def test_blocks_come_back_from_disk(house: House, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_others_go_on_while_one_waits(house: House, kind: str) -> None:
-    on_disk_only(house, ranks=KINDS[kind].get("ranks", 1))
     engine = house.engine(**KINDS[kind])
     waiting, gate = fetching(engine, house)
     other = house.add(
@@ -117,7 +126,6 @@ def test_others_go_on_while_one_waits(house: House, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_request_that_ends_calls_its_fetch_off(house: House, kind: str) -> None:
-    on_disk_only(house, ranks=KINDS[kind].get("ranks", 1))
     engine = house.engine(**KINDS[kind])
     name, gate = fetching(engine, house)
     engine.abort(name)
@@ -127,7 +135,6 @@ def test_a_request_that_ends_calls_its_fetch_off(house: House, kind: str) -> Non
 
 
 def test_the_prefix_is_leased_while_the_rest_comes(house: House) -> None:
-    on_disk_only(house)
     engine = house.engine(extra={**ALWAYS, "lease_age_s": 30.0}, prefix_caching=False)
     house.ask(engine, P[: 4 * BLOCK + 3])
     name, gate = fetching(engine, house)
@@ -143,7 +150,6 @@ def test_the_prefix_is_leased_while_the_rest_comes(house: House) -> None:
 
 def test_what_the_engine_has_itself_is_not_waited_for(house: House) -> None:
     """Its own pages have the first blocks; the pool and the disk have them as well, and what follows."""
-    on_disk_only(house)
     engine = house.engine(extra=ALWAYS)
     house.ask(engine, P[: 6 * BLOCK + 3], extra_args={"kv_transfer_params": {"penstock": {"fetch": "never"}}})
     assert house.hit(engine, LONGER) == len(P) - 6 * BLOCK
@@ -152,7 +158,6 @@ def test_what_the_engine_has_itself_is_not_waited_for(house: House) -> None:
 
 def test_nobody_waits_beyond_the_deadline(house: House) -> None:
     """Whatever the thread does: it is the engine's clock that counts."""
-    on_disk_only(house)
     engine = house.engine(extra={**ALWAYS, "fetch_deadline_s": 0.2})
     name, gate = fetching(engine, house)
     until(lambda: (engine.step(), engine.is_done(name))[1], "computed")
@@ -163,7 +168,6 @@ def test_nobody_waits_beyond_the_deadline(house: House) -> None:
 
 def test_more_requests_than_threads(house: House) -> None:
     """Those that never get their turn are computed at the deadline, and their fetches do not run afterwards."""
-    on_disk_only(house)
     engine = house.engine(extra={**ALWAYS, "fetch_deadline_s": 0.3}, n_seqs=32)
     gate = Gate(engine)
     names = [house.add(engine, [*P, *prompt(20 + seed, 20)], 2) for seed in range(12)]
@@ -174,7 +178,6 @@ def test_more_requests_than_threads(house: House) -> None:
 
 
 def test_a_mover_that_is_stopped(house: House) -> None:
-    on_disk_only(house)
     mover = house.keeper.tier_report()["mover"]["pid"]
     engine = house.engine(extra={**ALWAYS, "fetch_deadline_s": 0.2})
     os.kill(mover, signal.SIGSTOP)
@@ -189,43 +192,21 @@ def test_a_mover_that_is_stopped(house: House) -> None:
     finish(house)
 
 
-def test_a_damaged_block_ends_the_hit(house: House, tmp_path: Path) -> None:
-    house.ask(house.engine(), P)
-    damaged = house.blocks[house.chain(house.engines[0], P).array[6].tobytes()]
-    house.end_engines()
-    house.keeper_pool.close()
-    wait_stored(house.keeper)
-    house.keeper.stop()
-    damage(tmp_path / "disk", damaged)
-    house.keeper.start()
-    replace_pool(house.keeper)
-    house.keeper_pool = house.keeper.open("oracle")
-    engine = house.engine(extra=ALWAYS)
-    house.add(engine, LONGER)
-    finish(house)
-    assert engine.counter("hit_tokens") == 6 * BLOCK and ends(engine) == {"damaged": 1}
-
-
-def test_what_one_rank_lacks_is_of_no_use_to_the_others(house: House, tmp_path: Path) -> None:
-    engine = house.engine(ranks=2)
-    house.ask(engine, P)
-    damaged = house.blocks[house.chain(engine, P, rank=1).array[3].tobytes()]
-    house.end_engines()
-    house.keeper_pool.close()
-    wait_stored(house.keeper)
-    house.keeper.stop()
-    damage(tmp_path / "disk", damaged)
-    house.keeper.start()
-    replace_pool(house.keeper)
-    house.keeper_pool = house.keeper.open("oracle")
-    engine = house.engine(extra=ALWAYS, ranks=2)
-    house.add(engine, LONGER)
-    finish(house)
-    assert engine.counter("hit_tokens") == 3 * BLOCK and ends(engine) == {"damaged": 1}
+@pytest.mark.parametrize(("ranks", "rank"), [(1, 0), (2, 0), (2, 1)])
+def test_a_damaged_block_ends_the_hit_of_every_rank(folder: Path, ranks: int, rank: int) -> None:
+    damage(folder, Course(P, []).block(6, BLOCK, rank))
+    with tiered_keeper(folder) as keeper:
+        house = House(keeper)
+        try:
+            engine = house.engine(extra=ALWAYS, ranks=ranks)
+            house.add(engine, LONGER)
+            finish(house)
+            assert engine.counter("hit_tokens") == 6 * BLOCK and ends(engine) == {"damaged": 1}
+        finally:
+            house.close()
 
 
 def test_the_engine_is_reset_while_one_waits(house: House) -> None:
-    on_disk_only(house)
     engine = house.engine(extra=ALWAYS)
     name, gate = fetching(engine, house)
     assert engine.scheduler.reset_connector_cache()
@@ -236,7 +217,6 @@ def test_the_engine_is_reset_while_one_waits(house: House) -> None:
 
 
 def test_the_engine_is_closed_while_one_waits(house: House) -> None:
-    on_disk_only(house)
     engine = house.engine(extra=ALWAYS)
     _, gate = fetching(engine, house)
     half = engine.half
@@ -249,7 +229,6 @@ def test_the_engine_is_closed_while_one_waits(house: House) -> None:
 
 
 def test_a_bug_costs_the_hit_only(house: House) -> None:
-    on_disk_only(house)
     engine = house.engine(extra=ALWAYS)
 
     def broken(*args: Any, **more: Any) -> Any:
@@ -263,7 +242,6 @@ def test_a_bug_costs_the_hit_only(house: House) -> None:
 
 @pytest.mark.parametrize(("asked", "fetched"), [("always", 10), ("never", 0)])
 def test_a_request_says_for_itself(house: House, asked: str, fetched: int) -> None:
-    on_disk_only(house)
     engine = house.engine(extra={"fetch": "never" if fetched else "always"})
     house.add(engine, LONGER, extra_args={"kv_transfer_params": {"penstock": {"fetch": asked}}})
     finish(house)
@@ -271,7 +249,6 @@ def test_a_request_says_for_itself(house: House, asked: str, fetched: int) -> No
 
 
 def test_a_hit_that_would_be_too_short_is_not_fetched(house: House) -> None:
-    on_disk_only(house)
     engine = house.engine(extra={**ALWAYS, "min_hit_tokens": len(P) + 1})
     house.add(engine, LONGER)
     finish(house)
@@ -309,7 +286,6 @@ def test_the_speed_of_prefill_is_measured(house: House, overlap: bool) -> None:
 
 @pytest.mark.parametrize(("compute_s", "end"), [(100.0, "done"), (1e-7, "recomputed")])
 def test_auto_compares(house: House, compute_s: float, end: str) -> None:
-    on_disk_only(house)
     engine = house.engine()
     for _ in range(10):
         engine.half._bringer.computed(100, 0, compute_s)
