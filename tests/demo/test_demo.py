@@ -12,7 +12,7 @@ from pathlib import Path
 def test_demo(tmp_path: Path) -> None:
     out = tmp_path / "demo.json"
     command = [sys.executable, "-m", "penstock", "demo", "--conversations", "3", "--turns", "2", "--out", str(out)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     assert "every expected hit was there" in ran.stdout
     report = json.loads(out.read_text())
@@ -29,7 +29,7 @@ def test_demo(tmp_path: Path) -> None:
 
 def test_a_model_that_cannot_be_loaded_is_an_error_and_leaves_nothing(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "penstock", "demo", "--model", str(tmp_path)]
-    ran = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert ran.returncode == 1
     assert "engine A ended" in ran.stderr
     assert not [name for name in os.listdir("/dev/shm") if "demo-" in name]
