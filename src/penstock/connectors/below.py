@@ -154,7 +154,7 @@ class Bringer:
         with self._lock:
             if not self._prefill.measured:
                 return _ASK_S
-            compute_s = self._prefill.estimate(wish.n_tokens - wish.have_tokens, wish.have_tokens)
+            compute_s = float(self._prefill.estimate(wish.n_tokens - wish.have_tokens, wish.have_tokens))
         return min(_ASK_MOST_S, max(_ASK_LEAST_S, _ASK_SHARE * compute_s))
 
     def _ask(self, pool: Pool, wanted: Wanted, until_s: float) -> list[Below] | None:
@@ -215,8 +215,9 @@ class Bringer:
         """Seconds that computing would take for what a fetch up to `end` still lacks, by how much has arrived."""
         arrived = np.maximum(np.arange(here, end + 1) * block_tokens, wish.have_tokens)
         with self._lock:
-            rest: npt.NDArray[np.float64] = self._prefill.estimate(np.maximum(0, wish.n_tokens - arrived), arrived)
-        return rest - rest[-1]
+            rest = self._prefill.estimate(np.maximum(0, wish.n_tokens - arrived), arrived)
+        lost: npt.NDArray[np.float64] = rest - rest[-1]
+        return lost
 
     def _recompute(self) -> None:
         self._counters.add("fetch.end.recomputed")
