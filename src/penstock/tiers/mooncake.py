@@ -44,7 +44,7 @@ DEFAULT_WRITE = WriteRule.SECOND_USE
 BAYS = 3
 """Of each direction: one in transfer, one being copied, and one to spare for a call that hangs. Two transfers at once
 are slower than one."""
-PIECE_BYTES = 5 << 20
+PIECE_BYTES = 9 << 20
 """How much goes in one call: enough that the call's cost vanishes, little enough to begin copying soon."""
 MAX_LEFT = 16
 
