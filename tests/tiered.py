@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
-from tests.support import Keeper, until
+from penstock.pool.layout import Geometry
+from tests.support import Keeper, small_geometry, until
 
-__all__ = ["damage", "disk", "on_disk", "replace_pool", "wait_stored"]
-
-
-def disk(path: Path, options: str = "") -> str:
-    """A tier's address: everything is written at once."""
-    return f"disk:{path}?size=64M&slab=1M&write=through" + (f"&{options}" if options else "")
+__all__ = ["damage", "replace_pool", "tiered_keeper", "wait_stored"]
 
 
-def on_disk(keeper: Keeper, n: int, tier: str = "disk") -> None:
-    """Wait until a tier has this many blocks."""
-    until(lambda: (keeper.tier(tier)["blocks"] or 0) >= n, f"{n} blocks in {tier}")
+@contextlib.contextmanager
+def tiered_keeper(folder: Path, options: str = "", geometry: Geometry | None = None) -> Iterator[Keeper]:
+    """A pool, empty, above a disk that may have blocks already; everything is written there at once. Comes when what
+    moves blocks answers."""
+    address = f"disk:{folder}?size=64M&slab=1M&write=through" + (f"&{options}" if options else "")
+    with Keeper(geometry or small_geometry(), tiers=[address]) as keeper:
+        keeper.tier_report()
+        yield keeper
 
 
 def replace_pool(keeper: Keeper) -> None:
@@ -31,7 +34,7 @@ def replace_pool(keeper: Keeper) -> None:
 def wait_stored(keeper: Keeper) -> int:
     """Wait until everything that is in the pool is on disk; how many blocks that is."""
     n_blocks = int(keeper.stat()["blocks"])
-    on_disk(keeper, n_blocks)
+    until(lambda: (keeper.tier("disk")["blocks"] or 0) >= n_blocks, f"{n_blocks} blocks are on disk")
     return n_blocks
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -19,19 +20,40 @@ from penstock.connectors import below
 from penstock.connectors.transformers import Connector, FetchMode, RequestOptions
 from tests.connectors.models import SHAPES, alone, make_model, make_prompt
 from tests.support import Keeper, small_geometry, unique_name, until, wait_stopped
-from tests.tiered import damage, disk, on_disk, replace_pool, wait_stored
+from tests.tiered import damage, replace_pool, tiered_keeper, wait_stored
 
-PROMPT = make_prompt(400)
+PROMPTS = [make_prompt(400, seed=seed) for seed in range(1, 4)]
+PROMPT = PROMPTS[0]
 N_BLOCKS = 24
 """Blocks that a hit on PROMPT has: those of all tokens but the last."""
 HIT = N_BLOCKS * 16
-SLOW = "latency=0.5"
-"""No answer of such a disk comes before a model this small has computed everything."""
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, runtime_dir: Path) -> Path:
+    """A disk on which an engine's blocks of all PROMPTS are; to be copied."""
+    folder = tmp_path_factory.mktemp("stored") / "disk"
+    with tiered_keeper(folder) as keeper:
+        store(make_model("llama"), keeper, *PROMPTS)
+    return folder
 
 
 @pytest.fixture
-def keeper(tmp_path: Path) -> Iterator[Keeper]:
-    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk")]) as running:
+def disk(stored: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(stored, tmp_path / "disk")
+
+
+@pytest.fixture
+def keeper(disk: Path) -> Iterator[Keeper]:
+    """An empty pool above that disk."""
+    with tiered_keeper(disk) as running:
+        yield running
+
+
+@pytest.fixture
+def slow_keeper(disk: Path, request: pytest.FixtureRequest) -> Iterator[Keeper]:
+    """The same with a disk that takes its time."""
+    with tiered_keeper(disk, f"latency={getattr(request, 'param', 0.5)}") as running:
         yield running
 
 
@@ -56,11 +78,6 @@ def store(model: PreTrainedModel, keeper: Keeper, *prompts: list[int]) -> None:
     wait_stored(keeper)
 
 
-def on_disk_only(model: PreTrainedModel, keeper: Keeper, *prompts: list[int]) -> None:
-    store(model, keeper, *(prompts or (PROMPT,)))
-    replace_pool(keeper)
-
-
 def ends(connector: Connector) -> dict[str, int]:
     """How fetches ended."""
     counted = connector.counters()
@@ -68,6 +85,7 @@ def ends(connector: Connector) -> dict[str, int]:
 
 
 def test_tokens_with_blocks_from_disk_are_those_without_a_pool(keeper: Keeper) -> None:
+    """For every family of models, one of which was stored before."""
     models = [make_model(family, **overrides) for family, overrides in SHAPES]
     for model in models:
         store(model, keeper, PROMPT)
@@ -96,7 +114,6 @@ def test_an_engine_that_stays_gets_them_from_the_new_pool(keeper: Keeper, llama:
 
 
 def test_a_conversation_goes_on_where_the_disk_ends(keeper: Keeper, llama: PreTrainedModel) -> None:
-    on_disk_only(llama, keeper)
     longer = [*PROMPT, *make_prompt(60, seed=5)]
     with connected(llama, keeper) as connector:
         result = ask(connector, longer, fetch=FetchMode.ALWAYS)
@@ -105,36 +122,30 @@ def test_a_conversation_goes_on_where_the_disk_ends(keeper: Keeper, llama: PreTr
 
 
 def test_what_is_in_the_pool_is_not_fetched(keeper: Keeper, llama: PreTrainedModel) -> None:
-    on_disk_only(llama, keeper)
     with connected(llama, keeper) as connector:
         ask(connector, PROMPT[:200], fetch=FetchMode.ALWAYS)
         result = ask(connector, fetch=FetchMode.ALWAYS)
         assert (result.hit_tokens, result.fetched_blocks) == (HIT, N_BLOCKS - 12)
 
 
-def test_a_damaged_block_is_recomputed(keeper: Keeper, llama: PreTrainedModel, tmp_path: Path) -> None:
-    store(llama, keeper, PROMPT)
-    with connected(llama, keeper) as connector, keeper.open() as pool:
-        keys = chain_keys(connector.space, PROMPT)
-        with pool.match(pool.space(connector.space), keys) as lease:
+def test_a_damaged_block_is_recomputed(disk: Path, llama: PreTrainedModel) -> None:
+    with tiered_keeper(disk) as keeper, connected(llama, keeper) as connector, keeper.open() as pool:
+        ask(connector, fetch=FetchMode.ALWAYS)
+        with pool.match(pool.space(connector.space), chain_keys(connector.space, PROMPT)) as lease:
             block = bytes(lease.views(9))
-    keeper.stop()
-    damage(tmp_path / "disk", block)
-    keeper.start()
-    replace_pool(keeper)
-    with connected(llama, keeper) as connector:
-        for fetched in (9, 0):
-            result = ask(connector, fetch=FetchMode.ALWAYS)
-            assert (result.hit_tokens, result.fetched_blocks) == (9 * 16, fetched)
-            assert result.tokens == alone(llama, PROMPT, 8)
-        assert ends(connector) == {"damaged": 1, "nothing_below": 1}, "what is damaged is dropped"
-        ask(connector, fetch=FetchMode.ALWAYS, skip_save=False)
-        assert connector.flush()
-    wait_stored(keeper)
-    replace_pool(keeper)
-    with connected(llama, keeper) as connector:
-        assert ask(connector, fetch=FetchMode.ALWAYS).hit_tokens == HIT, "and written again"
-    assert keeper.tier("disk")["counters"]["damaged"] == 0
+    damage(disk, block)
+    with tiered_keeper(disk) as keeper:
+        with connected(llama, keeper) as connector:
+            for fetched in (9, 0):
+                result = ask(connector, fetch=FetchMode.ALWAYS)
+                assert (result.hit_tokens, result.fetched_blocks) == (9 * 16, fetched)
+                assert result.tokens == alone(llama, PROMPT, 8)
+            assert ends(connector) == {"damaged": 1, "nothing_below": 1}, "what is damaged is dropped"
+            ask(connector, fetch=FetchMode.ALWAYS, skip_save=False)
+            assert connector.flush()
+        wait_stored(keeper)
+        until(lambda: keeper.tier("disk")["blocks"] >= len(PROMPTS) * (N_BLOCKS + 1), "and written again")
+        assert keeper.tier("disk")["counters"]["damaged"] == 1
 
 
 # ---- the choice
@@ -144,14 +155,12 @@ def test_an_engine_of_unknown_speed_fetches(
     keeper: Keeper, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(below, "_UNMEASURED_S", 30.0)  # the machine may be busy
-    on_disk_only(llama, keeper)
     with connected(llama, keeper) as connector:
         assert ask(connector).fetched_blocks == N_BLOCKS
         assert ends(connector) == {"done": 1}
 
 
 def test_a_slow_engine_fetches(keeper: Keeper, llama: PreTrainedModel) -> None:
-    on_disk_only(llama, keeper)
     with connected(llama, keeper) as connector:
         for _ in range(10):
             connector._bringer.computed(1000, 0, 100.0)
@@ -159,38 +168,30 @@ def test_a_slow_engine_fetches(keeper: Keeper, llama: PreTrainedModel) -> None:
         assert ends(connector) == {"done": 1}
 
 
-def test_a_tier_that_is_slower_than_computing_is_left_alone(
-    keeper: Keeper, llama: PreTrainedModel, tmp_path: Path
-) -> None:
-    prompts = [make_prompt(400, seed=seed) for seed in range(4)]
-    store(llama, keeper, *prompts)
-    keeper.stop()
-    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk", SLOW)]) as slow, connected(llama, slow) as connector:
-        first = ask(connector, prompts[0], fetch=FetchMode.ALWAYS)
+def test_a_tier_that_is_slower_than_computing_is_left_alone(slow_keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, slow_keeper) as connector:
+        first = ask(connector, PROMPTS[0], fetch=FetchMode.ALWAYS)
         assert first.fetched_blocks == N_BLOCKS and ends(connector) == {"done": 1}
         # Both speeds are measured now.
-        second = ask(connector, prompts[1])
+        second = ask(connector, PROMPTS[1])
         assert (second.hit_tokens, second.miss) == (0, Miss.ABSENT)
         assert ends(connector) == {"done": 1, "recomputed": 1}
-        assert ask(connector, prompts[2], fetch=FetchMode.ALWAYS).fetched_blocks == N_BLOCKS
-        assert [first.tokens, second.tokens] == [alone(llama, prompt, 8) for prompt in prompts[:2]]
+        assert ask(connector, PROMPTS[2], fetch=FetchMode.ALWAYS).fetched_blocks == N_BLOCKS
+        assert [first.tokens, second.tokens] == [alone(llama, prompt, 8) for prompt in PROMPTS[:2]]
 
 
-def test_a_tier_that_is_slower_than_it_was_is_given_up(keeper: Keeper, llama: PreTrainedModel, tmp_path: Path) -> None:
-    store(llama, keeper, PROMPT)
-    keeper.stop()
-    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk", SLOW)]) as slow, connected(llama, slow) as connector:
+def test_a_tier_that_is_slower_than_it_was_is_given_up(slow_keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, slow_keeper) as connector:
         for _ in range(10):
             connector._bringer.computed(400, 0, 0.05)
         result = ask(connector)
         assert (result.hit_tokens, result.fetched_blocks) == (0, 0)
         assert result.tokens == alone(llama, PROMPT, 8)
         assert ends(connector) == {"too_slow": 1}
-        until(lambda: slow.tier_report()["fetches"]["ended.cancelled"] == 1, "the mover stops, too")
+        until(lambda: slow_keeper.tier_report()["fetches"]["ended.cancelled"] == 1, "the mover stops, too")
 
 
 def test_a_request_may_forbid_it(keeper: Keeper, llama: PreTrainedModel) -> None:
-    on_disk_only(llama, keeper)
     with connected(llama, keeper) as connector:
         assert ask(connector, fetch=FetchMode.NEVER).miss is Miss.ABSENT
         assert ask(connector, fetch=FetchMode.ALWAYS, skip_load=True).miss is Miss.SKIPPED
@@ -205,7 +206,6 @@ def test_a_request_may_forbid_it(keeper: Keeper, llama: PreTrainedModel) -> None
 
 
 def test_a_mover_that_is_stopped_costs_the_deadline_once(keeper: Keeper, llama: PreTrainedModel) -> None:
-    on_disk_only(llama, keeper)
     mover = keeper.tier_report()["mover"]["pid"]
     with connected(llama, keeper, fetch_deadline_s=0.3) as connector:
         os.kill(mover, signal.SIGSTOP)
@@ -220,21 +220,15 @@ def test_a_mover_that_is_stopped_costs_the_deadline_once(keeper: Keeper, llama: 
         until(lambda: ask(connector, fetch=FetchMode.ALWAYS).hit_tokens == HIT, "it comes back")
 
 
-def test_a_fetch_ends_at_its_deadline(keeper: Keeper, llama: PreTrainedModel, tmp_path: Path) -> None:
-    store(llama, keeper, PROMPT)
-    keeper.stop()
-    hanging = disk(tmp_path / "disk", "latency=30")
-    with (
-        Keeper(small_geometry(), tiers=[hanging]) as slow,
-        connected(llama, slow, fetch_deadline_s=0.2) as connector,
-    ):
+@pytest.mark.parametrize("slow_keeper", [30], indirect=True)
+def test_a_fetch_ends_at_its_deadline(slow_keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, slow_keeper, fetch_deadline_s=0.2) as connector:
         result = ask(connector, fetch=FetchMode.ALWAYS)
         assert (result.hit_tokens, result.tokens) == (0, alone(llama, PROMPT, 8))
         assert ends(connector) == {"deadline": 1}
 
 
 def test_the_prefix_is_leased_while_the_rest_comes(keeper: Keeper, llama: PreTrainedModel) -> None:
-    on_disk_only(llama, keeper)
     with keeper.open() as pool, Connector(llama, pool) as connector:
         ask(connector, PROMPT[:200], fetch=FetchMode.ALWAYS)
         held: list[int] = []
@@ -259,7 +253,6 @@ def test_without_tiers_or_a_keeper_nothing_is_counted(llama: PreTrainedModel) ->
 
 
 def test_requests_at_once_bring_a_prefix_once(keeper: Keeper, llama: PreTrainedModel) -> None:
-    on_disk_only(llama, keeper)
     results: list[Any] = []
     with connected(llama, keeper) as connector:
         threads = [
@@ -275,8 +268,6 @@ def test_requests_at_once_bring_a_prefix_once(keeper: Keeper, llama: PreTrainedM
 
 
 def test_the_log_line_says_it(keeper: Keeper, llama: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
-    on_disk_only(llama, keeper)
-    on_disk(keeper, N_BLOCKS)
     with connected(llama, keeper) as connector, caplog.at_level(logging.INFO, "penstock.connector"):
         ask(connector, fetch=FetchMode.ALWAYS)
     assert f"hit_tokens={HIT} miss=none fetched_blocks={N_BLOCKS}" in caplog.text

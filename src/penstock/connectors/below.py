@@ -274,8 +274,8 @@ def _wait(fetches: list[Fetch], plan: _Plan, give_up: Callable[[], bool]) -> str
 
 
 def _moved(fetch: Fetch, here: int) -> int:
-    """A fetch that was given up does not say what it brought itself."""
-    return fetch.moved or max(0, fetch.arrived - here)
+    """Blocks that a fetch brought; one that was given up does not say it itself."""
+    return max(0, fetch.arrived - here) if fetch.why is FetchEnd.CANCELLED else fetch.moved
 
 
 def _arrived(fetches: list[Fetch]) -> int:
