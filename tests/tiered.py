@@ -39,11 +39,13 @@ def wait_stored(keeper: Keeper) -> int:
 
 
 def damage(folder: Path, block: bytes) -> None:
-    """Flip one bit of this block, in whichever file it lies."""
-    for path in folder.rglob("*"):
-        if path.is_file() and (at := path.read_bytes().find(block)) >= 0:
+    """Flip one bit of this block, wherever its bytes lie."""
+    n_found = 0
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        data, at = path.read_bytes(), -1
+        while (at := data.find(block, at + 1)) >= 0:
+            n_found += 1
             with path.open("r+b") as file:
                 file.seek(at + 1000)
                 file.write(bytes([block[1000] ^ 4]))
-            return
-    raise AssertionError("the block is in no file")
+    assert n_found, "the block is in no file"
