@@ -13,7 +13,6 @@ import pytest
 import penstock
 from penstock import Intent, KeyChain, SpaceHandle
 from penstock.types import FetchEnd, Urgency
-from tests.support import must_store as must_store_part
 from tests.support import (
     PATIENCE_S,
     SPACE,
@@ -26,6 +25,7 @@ from tests.support import (
     until,
     wait_stopped,
 )
+from tests.support import must_store as must_store_part
 
 FETCH_S = 20.0
 """Time for a fetch that is to succeed; a guard against hangs."""
