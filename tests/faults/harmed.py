@@ -1,4 +1,4 @@
-"""A disk tier that does what a file says, in a mover that knows it: `harmed:/directory?...`, beside it `directory.harm`.
+"""A disk tier that does what a file says, in a mover that knows it: `harmed:/x/disk?...`, and beside it `disk.harm`.
 
 The file is a JSON object from a method's name to what its calls do: a `FaultKind` of `penstock.tiers.wrap`, "stand"
 (stand still, whatever the deadline, for as long as the file says so), or "defect" (raise what no tier may raise).

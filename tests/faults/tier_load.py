@@ -1,7 +1,8 @@
-"""What the fault tests of tiers share: small pools over disks, blocks that are below and not above, clients that fetch."""
+"""What the fault tests of tiers share: small pools over disks, blocks that are below only, clients that fetch."""
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections import Counter
 from dataclasses import dataclass
@@ -153,10 +154,23 @@ class TierLoad:
         return chain(seed, int(self.rng.integers(1, self.number + 2)), blocks=16)
 
     def _check(self, keys: KeyChain) -> None:
-        try:
+        with contextlib.suppress(PoolClosed):
             self.lived.checked += check(self.pool, self.handle, keys)
-        except PoolClosed:
-            pass
+
+    def pulse(self) -> None:
+        """By itself, and without a restart of this client: a block goes in, and the mover answers a fetch of it."""
+
+        def through() -> bool:
+            self.number += 1
+            keys = chain(self.seed, self.number, blocks=1)
+            try:
+                store(self.pool, self.handle, keys, wait_s=WAIT_S)
+            except PoolClosed:
+                return False
+            with self.pool.fetch(self.handle, keys, 1.0) as fetched:
+                return fetched.wait() is FetchEnd.DONE
+
+        until(through, f"client {self.seed} stores and fetches again")
 
 
 def _attached(name: str, seed: int) -> penstock.Pool | None:
@@ -174,7 +188,7 @@ def _registered(pool: penstock.Pool) -> SpaceHandle | None:
 
 
 def run(connection: Connection, name: str, seed: int, budget: int) -> None:
-    """Work until told "end"; then tell what was lived through."""
+    """Work until told "end", then tell what was lived through; on "pulse", show that all is well again."""
     load = TierLoad(name, seed, budget)
     connection.send("working")
     while True:
@@ -182,5 +196,8 @@ def run(connection: Connection, name: str, seed: int, budget: int) -> None:
             load.step()
         elif connection.recv() == "end":
             break
+        else:
+            load.pulse()
+            connection.send("back")
     load.pool.close()
     connection.send(load.lived)

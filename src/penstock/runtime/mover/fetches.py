@@ -331,7 +331,7 @@ class _Run:
     def _better_elsewhere(self, piece: _Piece) -> bool:
         """Whether the piece's tier hangs while another has the block. One that is only slow looks the same for a while,
         so where no other has it there is nothing to do but wait."""
-        if piece.doubted or not self._places.workers.stuck(piece.tier.number):
+        if piece.doubted or piece.transfer is None or not self._places.workers.overdue(piece.transfer):
             return False
         piece.doubted = True  # asked once
         key = self._order.keys[self._at : self._at + 1]

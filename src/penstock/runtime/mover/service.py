@@ -312,5 +312,5 @@ def _listen(path: Path) -> socket.socket:
         listener.bind(os.fspath(path))
     finally:
         os.umask(mask)
-    listener.listen(128)
+    listener.listen(_MAX_CONNECTIONS)
     return listener
