@@ -167,7 +167,9 @@ def test_a_device_that_hangs_costs_the_deadline_and_no_more(pair: Pair) -> None:
         assert check(pair.pool, pair.handle, here) == 30
         ends = [pair.fetch(keys, 0.2) for _ in range(4)]
         assert set(ends) <= {FetchEnd.DEADLINE, FetchEnd.READ_FAILED}
-        time.sleep(3); print("ROW", pair.keeper.tier("one"), pair.keeper.tier_report()["fetches"], ends); until(lambda: not pair.keeper.tier("one")["up"], "it is seen to hang", timeout_s=5)
+        time.sleep(3)
+        print("ROW", pair.keeper.tier("one"), pair.keeper.tier_report()["fetches"], ends)
+        until(lambda: not pair.keeper.tier("one")["up"], "it is seen to hang", timeout_s=5)
         assert pair.keeper.tier("one")["why"]
         assert pair.fetch(keys, 5.0) is FetchEnd.READ_FAILED, "nobody waits for it any more"
     assert check(pair.pool, pair.handle, here) == 30
