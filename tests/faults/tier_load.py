@@ -60,6 +60,7 @@ def displace(pool: penstock.Pool, handle: SpaceHandle, keys: KeyChain, seed: int
         assert number < 1000
         store(pool, handle, chain(seed, number, blocks=64), wait_s=PATIENCE_S)
         pool.flush(PATIENCE_S)
+    pool.return_idle_grants()  # a small pool gives few to everybody together
 
 
 def fetch(pool: penstock.Pool, handle: SpaceHandle, keys: KeyChain, seconds: float = FETCH_S) -> FetchEnd:
