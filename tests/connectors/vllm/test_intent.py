@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock import Intent
+from penstock.connectors.below import FetchMode
 from penstock.connectors.vllm.intent import ACTION_TYPE, FIELDS, MAX_NAME_CHARS, NOTHING, Asked, read_request
 
 NOW = 1_790_000_000.0
@@ -60,6 +61,7 @@ GOOD: dict[str, Any] = {
     "skip_load": True,
     "min_hit_tokens": 64,
     "wait_s": 1.5,
+    "fetch": "always",
 }
 GOOD_INTENT = Intent("chat-17", "blue", -5, NOW + 30, 600.0)
 
@@ -75,7 +77,7 @@ def test_nothing_asked() -> None:
 
 def test_every_field() -> None:
     assert set(GOOD) == set(FIELDS)
-    expected = Asked(GOOD_INTENT, skip_save=True, skip_load=True, min_hit_tokens=64, wait_s=1.5)
+    expected = Asked(GOOD_INTENT, skip_save=True, skip_load=True, min_hit_tokens=64, wait_s=1.5, fetch=FetchMode.ALWAYS)
     assert read_request(request(kv_transfer_params=params(**GOOD))) == expected
     assert read_request(request(kv_hints=hints(GOOD))) == expected
     assert read_request(request(kv_hints=msgspec.convert(hints(GOOD), Envelope))) == expected

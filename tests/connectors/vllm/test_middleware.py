@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from penstock import Intent
+from penstock.connectors.below import FetchMode
 from penstock.connectors.vllm.intent import FIELDS, Asked, read_request
 from penstock.connectors.vllm.middleware import HEADERS, PATHS, IntentMiddleware
 
@@ -86,6 +87,7 @@ ALL: dict[str, str | bytes] = {
     "X-Penstock-Skip-Load": "0",
     "X-Penstock-Min-Hit-Tokens": "64",
     "X-Penstock-Wait-S": "1.5",
+    "X-Penstock-Fetch": "never",
 }
 
 
@@ -101,7 +103,9 @@ def test_every_header_reaches_the_connector(path: str) -> None:
     assert body.pop("kv_transfer_params").keys() == {"penstock"} and body == {"prompt": "hi"}
     assert app.lengths == [str(len(app.body)).encode()]
     expected = Intent("chat-17 ü", "blue", -5, NOW + 0.5, 600.0)
-    assert asked(app) == Asked(expected, skip_save=True, skip_load=False, min_hit_tokens=64, wait_s=1.5)
+    assert asked(app) == Asked(
+        expected, skip_save=True, skip_load=False, min_hit_tokens=64, wait_s=1.5, fetch=FetchMode.NEVER
+    )
     assert {field for field, _ in HEADERS.values()} == set(FIELDS)
 
 
