@@ -52,13 +52,15 @@ class Engine:
             skip_load=alone, skip_save=alone, fetch=FetchMode.ALWAYS, intent=Intent(session=session)
         )
         result = self._connector.generate(tokens, new_tokens, options=options, do_sample=False)
-        stored = alone or (self._connector.flush(30.0) and not self._newly_dropped())
+        flushed = alone or self._connector.flush(30.0)
+        dropped = self._newly_dropped()
         return {
             "tokens": result.tokens,
             "hit_tokens": result.hit_tokens,
             "miss": result.miss.name.lower(),
             "ttft_s": result.ttft_s,
-            "stored": stored,
+            "stored": flushed and not dropped,
+            "dropped_blocks": dropped,
             "fetched_blocks": result.fetched_blocks,
         }
 

@@ -239,7 +239,9 @@ def _one_turn(
         result.problems.append(f"{where}: {equality['violations']} tokens differ beyond the rule")
     if not pooled["stored"] and state != "keeper dead":
         result.problems.append(f"{where}: its blocks were not stored in time")
-    if pooled["stored"] or not engine.facts.get("drops_without_keeper"):
+    # Without a keeper an engine stores into the slots that it has at hand, and drops what is more.
+    kept = not pooled.get("dropped_blocks") and not engine.facts.get("drops_without_keeper")
+    if pooled["stored"] or kept:
         expectation.saw(turn.prompt, pooled["tokens"], turn.engine)
     return list(pooled["tokens"])
 

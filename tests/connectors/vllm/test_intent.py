@@ -63,6 +63,7 @@ GOOD: dict[str, Any] = {
     "wait_s": 1.5,
     "fetch": "always",
 }
+ALWAYS = FetchMode.ALWAYS
 GOOD_INTENT = Intent("chat-17", "blue", -5, NOW + 30, 600.0)
 
 
@@ -77,7 +78,7 @@ def test_nothing_asked() -> None:
 
 def test_every_field() -> None:
     assert set(GOOD) == set(FIELDS)
-    expected = Asked(GOOD_INTENT, skip_save=True, skip_load=True, min_hit_tokens=64, wait_s=1.5, fetch=FetchMode.ALWAYS)
+    expected = Asked(GOOD_INTENT, skip_save=True, skip_load=True, min_hit_tokens=64, wait_s=1.5, fetch=ALWAYS)
     assert read_request(request(kv_transfer_params=params(**GOOD))) == expected
     assert read_request(request(kv_hints=hints(GOOD))) == expected
     assert read_request(request(kv_hints=msgspec.convert(hints(GOOD), Envelope))) == expected
@@ -143,6 +144,9 @@ def test_vllms_default_priority_says_nothing() -> None:
         ("wait_s", 61),
         ("wait_s", math.nan),
         ("wait_s", "1"),
+        ("fetch", "sometimes"),
+        ("fetch", True),
+        ("fetch", ["auto"]),
     ],
 )
 def test_one_malformed_field_costs_the_others_nothing(field: str, value: Any) -> None:
@@ -195,6 +199,7 @@ def test_garbage_never_raises_and_what_is_used_is_in_bounds(session: Any, priori
     assert isinstance(asked.skip_save, bool) and isinstance(asked.skip_load, bool)
     assert type(asked.min_hit_tokens) is int and 0 <= asked.min_hit_tokens < 2**31
     assert type(asked.wait_s) is float and 0 <= asked.wait_s <= 60
+    assert asked.fetch is None or isinstance(asked.fetch, FetchMode)
     if (intent := asked.intent) is not None:
         for name in (intent.session, intent.tenant):
             assert isinstance(name, str) and len(name) <= MAX_NAME_CHARS and name.encode() is not None

@@ -87,7 +87,7 @@ ALL: dict[str, str | bytes] = {
     "X-Penstock-Skip-Load": "0",
     "X-Penstock-Min-Hit-Tokens": "64",
     "X-Penstock-Wait-S": "1.5",
-    "X-Penstock-Fetch": "never",
+    "X-Penstock-Fetch": "Always",
 }
 
 
@@ -104,7 +104,7 @@ def test_every_header_reaches_the_connector(path: str) -> None:
     assert app.lengths == [str(len(app.body)).encode()]
     expected = Intent("chat-17 ü", "blue", -5, NOW + 0.5, 600.0)
     assert asked(app) == Asked(
-        expected, skip_save=True, skip_load=False, min_hit_tokens=64, wait_s=1.5, fetch=FetchMode.NEVER
+        expected, skip_save=True, skip_load=False, min_hit_tokens=64, wait_s=1.5, fetch=FetchMode.ALWAYS
     )
     assert {field for field, _ in HEADERS.values()} == set(FIELDS)
 

@@ -130,6 +130,7 @@ HEADERS: dict[str, tuple[str, Callable[[str], object]]] = {
     "x-penstock-fetch": ("fetch", str),
     "x-penstock-min-hit-tokens": ("min_hit_tokens", _whole),
     "x-penstock-wait-s": ("wait_s", _number),
+    "x-penstock-fetch": ("fetch", str.lower),
 }
 """Header, in lower case -> the field of `kv_transfer_params["penstock"]`, and how its text is read."""
 
