@@ -17,9 +17,13 @@ def test_demo(tmp_path: Path) -> None:
     assert "every expected hit was there" in ran.stdout
     report = json.loads(out.read_text())
     phases = {one["phase"] for one in report["requests"]}
-    assert {"first time seen", "seen by the other process", "keeper dead", "keeper restarted"} <= phases
+    seen = {"first time seen", "seen by the other process", "keeper dead", "keeper restarted", "back from disk"}
+    assert seen <= phases
     assert all(one["hit_tokens"] >= one["expected_tokens"] for one in report["requests"])
     assert sum(one["hit_tokens"] for one in report["requests"]) > 5000
+    back = [one for one in report["requests"] if one["phase"] == "back from disk"]
+    assert len({one["conversation"] for one in back}) == 3
+    assert all(one["fetched_blocks"] and one["hit_tokens"] for one in back)
     assert not [name for name in os.listdir("/dev/shm") if "demo-" in name]
 
 

@@ -154,7 +154,7 @@ class Bringer:
         with self._lock:
             if not self._prefill.measured:
                 return _ASK_S
-            compute_s = self._prefill.estimate(wish.n_tokens - wish.have_tokens, wish.have_tokens)
+            compute_s = float(self._prefill.estimate(wish.n_tokens - wish.have_tokens, wish.have_tokens))
         return min(_ASK_MOST_S, max(_ASK_LEAST_S, _ASK_SHARE * compute_s))
 
     def _ask(self, pool: Pool, wanted: Wanted, until_s: float) -> list[Below] | None:
@@ -215,8 +215,9 @@ class Bringer:
         """Seconds that computing would take for what a fetch up to `end` still lacks, by how much has arrived."""
         arrived = np.maximum(np.arange(here, end + 1) * block_tokens, wish.have_tokens)
         with self._lock:
-            rest: npt.NDArray[np.float64] = self._prefill.estimate(np.maximum(0, wish.n_tokens - arrived), arrived)
-        return rest - rest[-1]
+            rest = self._prefill.estimate(np.maximum(0, wish.n_tokens - arrived), arrived)
+        lost: npt.NDArray[np.float64] = rest - rest[-1]
+        return lost
 
     def _recompute(self) -> None:
         self._counters.add("fetch.end.recomputed")
@@ -273,8 +274,8 @@ def _wait(fetches: list[Fetch], plan: _Plan, give_up: Callable[[], bool]) -> str
 
 
 def _moved(fetch: Fetch, here: int) -> int:
-    """A fetch that was given up does not say what it brought itself."""
-    return fetch.moved or max(0, fetch.arrived - here)
+    """Blocks that a fetch brought; one that was given up does not say it itself."""
+    return max(0, fetch.arrived - here) if fetch.why is FetchEnd.CANCELLED else fetch.moved
 
 
 def _arrived(fetches: list[Fetch]) -> int:

@@ -65,11 +65,11 @@ def _assert_units(table: TierTable, live: Nodes, resident: Nodes) -> None:
 
 
 def _assert_families(table: TierTable, live: Nodes) -> None:
-    slim = table.slim.astype(np.int64)
+    slim = table.slim[: len(table.wide)].astype(np.int64)
     child = live[slim[live, at.PARENT] != 0]
     of = slim[child, at.PARENT]
     _none("its parent is no row", child, ~np.isin(of, live))
-    counted = np.bincount(of, minlength=len(slim))
+    counted = np.bincount(of, minlength=len(table.wide))
     _none("children miscounted", live, counted[live] != slim[live, at.CHILDREN])
     for parent in live[slim[live, at.CHILDREN] != 0].tolist():
         before, n, seen = 0, int(slim[parent, at.CHILD]), 0

@@ -33,8 +33,8 @@ MAX_CLASSES = 2**15
 """As many slot classes as the brain takes."""
 MAX_TRIES = 4
 """How often a refused write is tried again before the block has to be used again first."""
-_SPARE = 2**16
-"""Rows for roots: one per space ever seen; a segment has 256 at a time."""
+_SPARE = 2**10
+"""Rows for roots beside all others: one per space ever seen; a segment has 256 at a time."""
 
 # Columns of `wide`, [nodes, 6] u64.
 KEY0, KEY1, BELOW, ADMITTED, TENANT, GENERATION = range(6)

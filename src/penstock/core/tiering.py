@@ -133,10 +133,10 @@ class Tiering:
     def add_root(self, key: bytes) -> None:
         """Chains begin behind this key (16 bytes, a space's root). May come after the first blocks; idempotent.
 
-        Raises ConfigError if it is a block's key.
+        Raises ConfigError if it is a block's key, or no key at all.
         """
-        words = np.frombuffer(key, "<u8")
-        if len(words) != 2 or not steps.add_root(self._all, words[0], words[1]):
+        words = np.frombuffer(key, "<u8") if len(key) == 16 else None
+        if words is None or not steps.add_root(self._all, words[0], words[1]):
             raise ConfigError(f"{key.hex()} cannot be a space's root: give 16 bytes that are not a block's key.")
 
     def observe(self, events: NDArray[np.void], now_ms: int) -> None:

@@ -17,7 +17,7 @@ import torch
 
 import penstock
 from penstock.connectors.equality import compare_tokens
-from penstock.connectors.transformers import Connector, RequestOptions
+from penstock.connectors.transformers import Connector, FetchMode, RequestOptions
 from penstock.demo.model import load_model
 from penstock.types import Intent
 
@@ -30,8 +30,8 @@ class Engine:
     def __init__(self, model_id: str, pool_name: str) -> None:
         self._model = load_model(model_id)
         self._pool = penstock.open(pool_name, client=f"demo-engine-{os.getpid()}")
+        self._dropped = 0
         # The demo must not lose a block to a busy machine: it lets saving wait longer than a server would.
-        self._dropped = self._fetched = 0
         self._connector = Connector(self._model, self._pool, label="demo", save_wait_s=10.0)
 
     def facts(self) -> dict[str, Any]:
@@ -47,7 +47,10 @@ class Engine:
 
     def generate(self, tokens: list[int], new_tokens: int, alone: bool, session: str) -> dict[str, Any]:
         """Greedy tokens after a prompt, with the pool or (`alone`) without it."""
-        options = RequestOptions(skip_load=alone, skip_save=alone, intent=Intent(session=session))
+        # What is on disk is to come from there, also where a model this small would be computed sooner.
+        options = RequestOptions(
+            skip_load=alone, skip_save=alone, fetch=FetchMode.ALWAYS, intent=Intent(session=session)
+        )
         result = self._connector.generate(tokens, new_tokens, options=options, do_sample=False)
         stored = alone or (self._connector.flush(30.0) and not self._newly_dropped())
         return {
@@ -56,7 +59,7 @@ class Engine:
             "miss": result.miss.name.lower(),
             "ttft_s": result.ttft_s,
             "stored": stored,
-            "fetched_blocks": self._newly_fetched(),
+            "fetched_blocks": result.fetched_blocks,
         }
 
     def _newly_dropped(self) -> int:
@@ -64,12 +67,6 @@ class Engine:
         dropped = sum(n for name, n in self._connector.counters().items() if name.startswith("save_dropped"))
         before, self._dropped = self._dropped, dropped
         return dropped - before
-
-    def _newly_fetched(self) -> int:
-        """Blocks that came from below the pool since this was last asked."""
-        fetched = self._connector.counters().get("fetch.blocks", 0)
-        before, self._fetched = self._fetched, fetched
-        return fetched - before
 
     def compare(self, prompt: list[int], reference: list[int], candidate: list[int]) -> dict[str, Any]:
         """The equality rule of `penstock.connectors.equality`."""

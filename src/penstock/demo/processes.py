@@ -64,11 +64,15 @@ class KeeperProcess:
             line.close()
 
     def wait_written(self) -> bool:
-        """Wait until everything that is to be in the tier is there. False if that takes too long."""
+        """Wait until everything that is in the pool is in the tier. False if that takes too long."""
+        self.wait_mover()
         deadline = time.monotonic() + START_TIMEOUT_S
+        # What happened before is seen once the mover has looked twice more: it may be in the middle of a look.
+        seen = self.tiers()["mover"]["looks"] + 2
         while time.monotonic() < deadline:
-            orders = self.tiers()["orders"]
-            if not orders["waiting"] and not orders["in_flight"]:
+            report = self.tiers()
+            orders = report["orders"]
+            if report["mover"]["looks"] >= seen and not orders["waiting"] and not orders["in_flight"]:
                 return True
             time.sleep(0.05)
         return False

@@ -32,6 +32,7 @@ _POLL_S = 0.05
 _KV_BYTES = 256 << 20
 # The scheduler's and the worker's client.
 _HALVES = 2
+_FETCHED = "vllm:penstock_fetched_blocks_total"
 
 
 class Stored:
@@ -91,7 +92,7 @@ class ServerEngine:
         deadline = time.monotonic() + START_TIMEOUT_S
         while time.monotonic() < deadline and self._process.poll() is None:
             with contextlib.suppress(OSError, http.client.HTTPException):
-                if self._get("/health") == 200:
+                if self._get("/health")[0] == 200:
                     return self
             time.sleep(_POLL_S)
         raise KeeperError(f"engine {self.label} did not start; its log is {self._log.name}")
@@ -112,7 +113,9 @@ class ServerEngine:
         self._process.wait()
 
     def _generate(self, tokens: list[int], new_tokens: int, alone: bool, session: str) -> dict[str, Any]:
-        asked = {"skip_load": alone, "skip_save": alone, "session": session}
+        # As in `engine.py`: what is on disk is to come from there.
+        asked = {"skip_load": alone, "skip_save": alone, "fetch": "always", "session": session}
+        fetched_before = self._fetched_blocks()
         body = {
             "model": "demo",
             "prompt": tokens,
@@ -138,7 +141,14 @@ class ServerEngine:
                 usage = chunk.get("usage") or usage
         hit = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
         stored = alone or self._stored.wait([*tokens, *answer][:-1])
-        return {"tokens": answer, "hit_tokens": hit, "miss": "", "ttft_s": first_s, "stored": stored}
+        return {
+            "tokens": answer,
+            "hit_tokens": hit,
+            "miss": "",
+            "ttft_s": first_s,
+            "stored": stored,
+            "fetched_blocks": self._fetched_blocks() - fetched_before,
+        }
 
     def _compare(self, prompt: list[int], reference: list[int], candidate: list[int]) -> dict[str, Any]:
         if reference == candidate:
@@ -161,10 +171,17 @@ class ServerEngine:
             time.sleep(_POLL_S)
         return {"alive": False}
 
-    def _get(self, path: str) -> int:
+    def _fetched_blocks(self) -> int:
+        """Blocks that came from below the pool since the server started."""
+        _, text = self._get("/metrics")
+        lines = (line for line in text.decode().splitlines() if line.startswith(f"{_FETCHED}{{"))
+        return int(sum(float(line.rpartition(" ")[2]) for line in lines))
+
+    def _get(self, path: str) -> tuple[int, bytes]:
         with contextlib.closing(http.client.HTTPConnection("127.0.0.1", self._port, timeout=5)) as connection:
             connection.request("GET", path)
-            return connection.getresponse().status
+            response = connection.getresponse()
+            return response.status, response.read()
 
     @contextlib.contextmanager
     def _post(self, path: str, body: dict[str, Any]) -> Iterator[http.client.HTTPResponse]:

@@ -70,6 +70,10 @@ class Server:
                 socket_file.with_suffix(".lock"), f"a keeper named {name!r} runs already; choose a --name"
             )
             undo.callback(self._name_lock.close)
+            if self.mover is not None:
+                # It takes as long to start as the keeper does, and waits for it.
+                undo.callback(self.mover.stop)
+                self.mover.tend()
             self._open(geometry, policy, socket_file)
             undo.pop_all()
 

@@ -255,9 +255,12 @@ class Index:
         if self.brain.evictable(slot_class):
             mine = (rows["flags"] != 0) & (rows["slot_class"] == slot_class)
             limit = int(rows["last_use"][mine].min())
+        pinned = np.array(list(self._pins), np.int64)
+        pinned = pinned[self.slots.has(pinned.tolist())]
+        busy = {slab.number for slab, _, _ in self.slots.places(pinned.tolist(), pinned.tolist())}
         best, best_use = None, limit
         for slab in self.slots.slabs:
-            if slab.slot_class == slot_class or self._pinned(slab):
+            if slab.slot_class == slot_class or slab.number in busy:
                 continue
             part = rows[slab.base : slab.base + slab.n_slots]
             use = int(part["last_use"][part["flags"] != 0].max(initial=0))

@@ -18,7 +18,8 @@ import msgspec
 
 from penstock.core.speed import SpeedMeter
 from penstock.core.tiering import Tiering, TierRule
-from penstock.errors import ConfigError, TierError
+from penstock.errors import ConfigError, NoKeeper, TierError
+from penstock.pool.client import Pool
 from penstock.pool.stage import Stage
 from penstock.pool.tier_wire import tier_socket
 from penstock.runtime.mover.feed import FeedReader
@@ -41,6 +42,8 @@ log = logging.getLogger("penstock.mover")
 
 CLIENT_NAME = "mover"
 _PLACES_LOCAL, _PLACES_FAR = 3, 4
+# The keeper starts its mover before it serves: how long it may take, and how often it is looked for.
+_KEEPER_S, _LOOK_S = 60.0, 0.005
 # Guesses until something was measured: seconds to the first byte, bytes a second.
 _GUESS_LOCAL, _GUESS_FAR = (1e-4, 1e9), (1e-3, 3e8)
 
@@ -99,13 +102,25 @@ def _replicas(plan: MoverPlan) -> dict[int, int]:
     return {0: 1} | {tenant_number(tenant): n for tenant, n in plan.replicas.items()}
 
 
+def _attached(name: str) -> Pool:
+    """The keeper's pool, as soon as it serves. Raises NoKeeper when it takes too long; another mover comes then."""
+    deadline = time.monotonic() + _KEEPER_S
+    while True:
+        try:
+            return open_pool(name, client=CLIENT_NAME)
+        except NoKeeper:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_S)
+
+
 def main(arguments: list[str]) -> int:
     """Runs a mover to its end. Exit status 0 when the keeper stopped it, BAD_PLAN for settings that cannot work."""
     name, feed_fd, restarts = arguments[0], int(arguments[1]), int(arguments[2])
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(levelname)s %(message)s")
     plan = msgspec.json.decode(sys.stdin.buffer.readline(), type=MoverPlan)
     feed = FeedReader(socket.socket(fileno=feed_fd))
-    pool = open_pool(name, client=CLIENT_NAME)
+    pool = _attached(name)
     try:
         mover = Mover(name, Stage(pool), plan, feed, restarts)
     except ConfigError as error:

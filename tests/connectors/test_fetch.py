@@ -1,0 +1,273 @@
+"""Requests whose blocks lie on disk: the keeper, what moves blocks, and the files are real; so are the tokens."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import PreTrainedModel
+
+from penstock import Miss, chain_keys
+from penstock.connectors import below
+from penstock.connectors.transformers import Connector, FetchMode, RequestOptions
+from tests.connectors.models import SHAPES, alone, make_model, make_prompt
+from tests.support import Keeper, small_geometry, unique_name, until, wait_stopped
+from tests.tiered import damage, replace_pool, tiered_keeper, wait_stored
+
+PROMPTS = [make_prompt(400, seed=seed) for seed in range(1, 4)]
+PROMPT = PROMPTS[0]
+N_BLOCKS = 24
+"""Blocks that a hit on PROMPT has: those of all tokens but the last."""
+HIT = N_BLOCKS * 16
+
+
+@pytest.fixture(scope="module")
+def stored(tmp_path_factory: pytest.TempPathFactory, runtime_dir: Path) -> Path:
+    """A disk on which an engine's blocks of all PROMPTS are; to be copied."""
+    folder = tmp_path_factory.mktemp("stored") / "disk"
+    with tiered_keeper(folder) as keeper:
+        store(make_model("llama"), keeper, *PROMPTS)
+    return folder
+
+
+@pytest.fixture
+def disk(stored: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(stored, tmp_path / "disk")
+
+
+@pytest.fixture
+def keeper(disk: Path) -> Iterator[Keeper]:
+    """An empty pool above that disk."""
+    with tiered_keeper(disk) as running:
+        yield running
+
+
+@pytest.fixture
+def slow_keeper(disk: Path, request: pytest.FixtureRequest) -> Iterator[Keeper]:
+    """The same with a disk that takes its time."""
+    with tiered_keeper(disk, f"latency={getattr(request, 'param', 0.5)}") as running:
+        yield running
+
+
+@contextlib.contextmanager
+def connected(model: PreTrainedModel, keeper: Keeper, **settings: Any) -> Iterator[Connector]:
+    """A connector of an engine that has just started."""
+    with keeper.open() as pool, Connector(model, pool, **settings) as connector:
+        yield connector
+
+
+def ask(connector: Connector, prompt: list[int] = PROMPT, **options: Any) -> Any:
+    options.setdefault("skip_save", True)
+    return connector.generate(prompt, 8, options=RequestOptions(**options), do_sample=False)
+
+
+def store(model: PreTrainedModel, keeper: Keeper, *prompts: list[int]) -> None:
+    """Have prompts computed, and wait until they are on disk."""
+    with connected(model, keeper) as connector:
+        for prompt in prompts:
+            ask(connector, prompt, skip_save=False)
+        assert connector.flush()
+    wait_stored(keeper)
+
+
+def ends(connector: Connector) -> dict[str, int]:
+    """How fetches ended."""
+    counted = connector.counters()
+    return {name.removeprefix("fetch.end."): n for name, n in counted.items() if name.startswith("fetch.end.")}
+
+
+def test_tokens_with_blocks_from_disk_are_those_without_a_pool(keeper: Keeper) -> None:
+    """For every family of models, one of which was stored before."""
+    models = [make_model(family, **overrides) for family, overrides in SHAPES]
+    for model in models:
+        store(model, keeper, PROMPT)
+    replace_pool(keeper)
+    for model in models:
+        with connected(model, keeper) as connector:
+            result = ask(connector, fetch=FetchMode.ALWAYS)
+            assert (result.hit_tokens, result.miss, result.fetched_blocks) == (HIT, Miss.NONE, N_BLOCKS)
+            assert result.tokens == alone(model, PROMPT, 8)
+            assert ends(connector) == {"done": 1} and connector.counters()["fetch.blocks"] == N_BLOCKS
+            again = ask(connector, fetch=FetchMode.ALWAYS)
+            assert (again.hit_tokens, again.fetched_blocks) == (HIT, 0), "it is in the pool now"
+    keeper.fsck()
+
+
+def test_an_engine_that_stays_gets_them_from_the_new_pool(keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, keeper) as connector:
+        ask(connector, skip_save=False)
+        assert connector.flush()
+        wait_stored(keeper)
+        replace_pool(keeper)
+        results = []
+        until(lambda: results.append(ask(connector, fetch=FetchMode.ALWAYS)) or results[-1].hit_tokens, "it is back")
+        assert results[-1].fetched_blocks == N_BLOCKS
+        assert all(result.tokens == alone(llama, PROMPT, 8) for result in results)
+
+
+def test_a_conversation_goes_on_where_the_disk_ends(keeper: Keeper, llama: PreTrainedModel) -> None:
+    longer = [*PROMPT, *make_prompt(60, seed=5)]
+    with connected(llama, keeper) as connector:
+        result = ask(connector, longer, fetch=FetchMode.ALWAYS)
+        assert (result.hit_tokens, result.miss) == (25 * 16, Miss.ABSENT)
+        assert result.tokens == alone(llama, longer, 8)
+
+
+def test_what_is_in_the_pool_is_not_fetched(keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, keeper) as connector:
+        ask(connector, PROMPT[:200], fetch=FetchMode.ALWAYS)
+        result = ask(connector, fetch=FetchMode.ALWAYS)
+        assert (result.hit_tokens, result.fetched_blocks) == (HIT, N_BLOCKS - 12)
+
+
+def test_a_damaged_block_is_recomputed(disk: Path, llama: PreTrainedModel) -> None:
+    with tiered_keeper(disk) as keeper, connected(llama, keeper) as connector, keeper.open() as pool:
+        ask(connector, fetch=FetchMode.ALWAYS)
+        with pool.match(pool.space(connector.space), chain_keys(connector.space, PROMPT)) as lease:
+            block = bytes(lease.views(9))
+    damage(disk, block)
+    with tiered_keeper(disk) as keeper:
+        with connected(llama, keeper) as connector:
+            for fetched in (9, 0):
+                result = ask(connector, fetch=FetchMode.ALWAYS)
+                assert (result.hit_tokens, result.fetched_blocks) == (9 * 16, fetched)
+                assert result.tokens == alone(llama, PROMPT, 8)
+            assert ends(connector) == {"damaged": 1, "nothing_below": 1}, "what is damaged is dropped"
+            ask(connector, fetch=FetchMode.ALWAYS, skip_save=False)
+            assert connector.flush()
+        wait_stored(keeper)
+        until(lambda: keeper.tier("disk")["blocks"] >= len(PROMPTS) * (N_BLOCKS + 1), "and written again")
+        assert keeper.tier("disk")["counters"]["damaged"] == 1
+
+
+# ---- the choice
+
+
+def test_an_engine_of_unknown_speed_fetches(
+    keeper: Keeper, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(below, "_UNMEASURED_S", 30.0)  # the machine may be busy
+    with connected(llama, keeper) as connector:
+        assert ask(connector).fetched_blocks == N_BLOCKS
+        assert ends(connector) == {"done": 1}
+
+
+def test_a_slow_engine_fetches(keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, keeper) as connector:
+        for _ in range(10):
+            connector._bringer.computed(1000, 0, 100.0)
+        assert ask(connector).fetched_blocks == N_BLOCKS
+        assert ends(connector) == {"done": 1}
+
+
+def test_a_tier_that_is_slower_than_computing_is_left_alone(slow_keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, slow_keeper) as connector:
+        first = ask(connector, PROMPTS[0], fetch=FetchMode.ALWAYS)
+        assert first.fetched_blocks == N_BLOCKS and ends(connector) == {"done": 1}
+        # Both speeds are measured now.
+        second = ask(connector, PROMPTS[1])
+        assert (second.hit_tokens, second.miss) == (0, Miss.ABSENT)
+        assert ends(connector) == {"done": 1, "recomputed": 1}
+        assert ask(connector, PROMPTS[2], fetch=FetchMode.ALWAYS).fetched_blocks == N_BLOCKS
+        assert [first.tokens, second.tokens] == [alone(llama, prompt, 8) for prompt in PROMPTS[:2]]
+
+
+def test_a_tier_that_is_slower_than_it_was_is_given_up(slow_keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, slow_keeper) as connector:
+        for _ in range(10):
+            connector._bringer.computed(400, 0, 0.05)
+        result = ask(connector)
+        assert (result.hit_tokens, result.fetched_blocks) == (0, 0)
+        assert result.tokens == alone(llama, PROMPT, 8)
+        assert ends(connector) == {"too_slow": 1}
+        until(lambda: slow_keeper.tier_report()["fetches"]["ended.cancelled"] == 1, "the mover stops, too")
+
+
+def test_a_request_may_forbid_it(keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, keeper) as connector:
+        assert ask(connector, fetch=FetchMode.NEVER).miss is Miss.ABSENT
+        assert ask(connector, fetch=FetchMode.ALWAYS, skip_load=True).miss is Miss.SKIPPED
+        assert not ends(connector)
+        longer = [*PROMPT, *make_prompt(80, seed=3)]
+        assert ask(connector, longer, fetch=FetchMode.ALWAYS, min_hit_tokens=25 * 16 + 1).hit_tokens == 0
+        assert ends(connector) == {"too_little_below": 1}
+        assert ask(connector, longer, fetch=FetchMode.ALWAYS, min_hit_tokens=25 * 16).hit_tokens == 25 * 16
+
+
+# ---- what is not there
+
+
+def test_a_mover_that_is_stopped_costs_the_deadline_once(keeper: Keeper, llama: PreTrainedModel) -> None:
+    mover = keeper.tier_report()["mover"]["pid"]
+    with connected(llama, keeper, fetch_deadline_s=0.3) as connector:
+        os.kill(mover, signal.SIGSTOP)
+        wait_stopped(mover)
+        try:
+            results = [ask(connector, fetch=FetchMode.ALWAYS), ask(connector, fetch=FetchMode.ALWAYS)]
+        finally:
+            os.kill(mover, signal.SIGCONT)
+        assert all(result.tokens == alone(llama, PROMPT, 8) for result in results)
+        assert [result.hit_tokens for result in results] == [0, 0]
+        assert ends(connector) == {"no_answer": 1, "paused": 1}
+        until(lambda: ask(connector, fetch=FetchMode.ALWAYS).hit_tokens == HIT, "it comes back")
+
+
+@pytest.mark.parametrize("slow_keeper", [30], indirect=True)
+def test_a_fetch_ends_at_its_deadline(slow_keeper: Keeper, llama: PreTrainedModel) -> None:
+    with connected(llama, slow_keeper, fetch_deadline_s=0.2) as connector:
+        result = ask(connector, fetch=FetchMode.ALWAYS)
+        assert (result.hit_tokens, result.tokens) == (0, alone(llama, PROMPT, 8))
+        assert ends(connector) == {"deadline": 1}
+
+
+def test_the_prefix_is_leased_while_the_rest_comes(keeper: Keeper, llama: PreTrainedModel) -> None:
+    with keeper.open() as pool, Connector(llama, pool) as connector:
+        ask(connector, PROMPT[:200], fetch=FetchMode.ALWAYS)
+        held: list[int] = []
+        fetch = pool.fetch
+
+        def looked_at(*args: Any, **more: Any) -> Any:
+            held.append(pool.held()["leases"])
+            return fetch(*args, **more)
+
+        pool.fetch = looked_at  # type: ignore[method-assign]
+        assert ask(connector, fetch=FetchMode.ALWAYS).hit_tokens == HIT
+        assert held == [12] and pool.held()["leases"] == 0
+
+
+def test_without_tiers_or_a_keeper_nothing_is_counted(llama: PreTrainedModel) -> None:
+    with Keeper(small_geometry()) as plain, connected(llama, plain) as connector:
+        assert ask(connector, fetch=FetchMode.ALWAYS).miss is Miss.ABSENT
+        assert not ends(connector)
+    with Connector(llama, name=unique_name()) as connector:
+        assert ask(connector, fetch=FetchMode.ALWAYS).miss is Miss.NO_KEEPER
+        assert not ends(connector)
+
+
+def test_requests_at_once_bring_a_prefix_once(keeper: Keeper, llama: PreTrainedModel) -> None:
+    results: list[Any] = []
+    with connected(llama, keeper) as connector:
+        threads = [
+            threading.Thread(target=lambda: results.append(ask(connector, fetch=FetchMode.ALWAYS))) for _ in range(3)
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert [result.hit_tokens for result in results] == [HIT] * 3
+        assert sum(result.fetched_blocks for result in results) == N_BLOCKS
+        assert len({tuple(result.tokens) for result in results}) == 1
+
+
+def test_the_log_line_says_it(keeper: Keeper, llama: PreTrainedModel, caplog: pytest.LogCaptureFixture) -> None:
+    with connected(llama, keeper) as connector, caplog.at_level(logging.INFO, "penstock.connector"):
+        ask(connector, fetch=FetchMode.ALWAYS)
+    assert f"hit_tokens={HIT} miss=none fetched_blocks={N_BLOCKS}" in caplog.text
