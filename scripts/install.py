@@ -15,6 +15,7 @@ the package index named by PENSTOCK_TORCH_INDEX. A machine with a GPU gets the d
 from __future__ import annotations
 
 import argparse
+import ctypes.util
 import importlib.metadata
 import importlib.util
 import json
@@ -194,6 +195,10 @@ def install_vllm(*options: str) -> None:
 # Debian's and Ubuntu's tools packages carry the server itself: the checker of dump files is the same program, which
 # serves when it is called by the server's name. The server's own package adds that link and a service that starts at
 # once and at every boot, which the tests neither need nor may leave behind.
+# What Mooncake's client loads: Debian package -> library.
+MOONCAKE_LIBRARIES = {
+    "libibverbs1": "ibverbs", "librdmacm1": "rdmacm", "libnuma1": "numa", "libcurl4": "curl",
+}  # fmt: skip
 VALKEY_PACKAGES = {
     "valkey-tools": ("valkey-check-rdb", "valkey-server"),
     "redis-tools": ("redis-check-rdb", "redis-server"),
@@ -225,9 +230,14 @@ def valkey_server() -> str | None:
 
 def install_servers() -> None:
     """Makes a Valkey or Redis server available to the tests unless one is. Never fails: tests that need it skip."""
+    may_install = os.geteuid() == 0 and shutil.which("apt-get") is not None
+    if may_install and not all(map(ctypes.util.find_library, MOONCAKE_LIBRARIES.values())):
+        print("installing the libraries that Mooncake's client needs", flush=True)
+        for package in MOONCAKE_LIBRARIES:
+            apt_install(package)
     if valkey_server() is not None:
         return
-    if os.geteuid() == 0 and shutil.which("apt-get"):
+    if may_install:
         print("installing a Valkey or Redis server for the tests (no service is started)", flush=True)
         for package, (checker, name) in VALKEY_PACKAGES.items():
             if apt_install(package) and (program := shutil.which(checker)):

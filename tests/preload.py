@@ -14,6 +14,7 @@ import penstock.runtime.embedded
 import penstock.runtime.opening
 import penstock.runtime.report
 import penstock.runtime.serve
+import tests.faults.disk_writer
 import tests.faults.load
 import tests.faults.points
 import tests.support  # noqa: F401

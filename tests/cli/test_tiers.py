@@ -126,7 +126,7 @@ def test_durations(seconds: float, text: str) -> None:
 def test_the_command(monkeypatch: pytest.MonkeyPatch) -> None:
     runner = CliRunner()
     assert isinstance(runner.invoke(app, ["tiers", "--name", unique_name("c")]).exception, NoKeeper)
-    monkeypatch.setattr(tiers_module, "ask", lambda name, what: {("p", "tiers"): REPORT}[name, what])
+    monkeypatch.setattr(tiers_module, "ask_mover", {"p": REPORT}.__getitem__)
     done = runner.invoke(app, ["tiers", "--name", "p"])
     assert done.exit_code == 0 and "mover 4711" in done.output
     assert json.loads(runner.invoke(app, ["tiers", "--name", "p", "--json"]).output) == REPORT

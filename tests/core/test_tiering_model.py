@@ -7,6 +7,9 @@ knows. It has no EVICTION hand (no class is ever short here) and forgets no ghos
 from __future__ import annotations
 
 import os
+import random
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -20,7 +23,7 @@ from penstock.core.tiering import Tiering, TierRule, WriteOrder
 from penstock.types import WriteRule
 from tests.core.tier_events import ROOT, committed, evicted, root_bytes, touched, words
 
-N_UNITS = 7
+N_UNITS = 10
 KEYS = range(1, 13)
 PARENTS = {1: ROOT, 2: 1, 3: 2, 4: 3, 5: 2, 6: 5, 7: ROOT, 8: 7, 9: 8, 10: 8, 11: 99, 12: 11}
 """Three chains with branches; 99 is never seen."""
@@ -228,6 +231,17 @@ class Machine(RuleBasedStateMachine):
         self.brain.observe(event, self.now)
         self.model.commit(unit, key, self.generation, {tier for tier in self.model.tiers if below >> tier & 1})
 
+    @rule(units=st.permutations(range(N_UNITS)), key=st.sampled_from(KEYS))
+    def commit_chain(self, units: list[int], key: int) -> None:
+        """What the pool does: a block after its ancestors."""
+        path = [key]
+        while PARENTS[path[-1]] in PARENTS:
+            path.append(PARENTS[path[-1]])
+        for unit, each in zip(units, reversed(path), strict=False):
+            known = self.model.keys.get(each)
+            if known is None or known.unit is None:
+                self.commit(unit=unit, key=each, below=0, known=False)
+
     @rule(unit=st.integers(0, N_UNITS - 1), below=st.integers(0, 15))
     def commit_again(self, unit: int, below: int) -> None:
         """The same event once more, from a scan."""
@@ -326,10 +340,72 @@ class Machine(RuleBasedStateMachine):
         assert counts["unknown"] >= 0
 
 
+FULL = os.environ.get("PENSTOCK_TEST_SCALE") == "full"
+
 TestMachine = Machine.TestCase
 TestMachine.settings = settings(
-    max_examples=400 if os.environ.get("PENSTOCK_TEST_SCALE") == "full" else 40,
-    stateful_step_count=50,
-    deadline=None,
-    suppress_health_check=list(HealthCheck),
+    max_examples=200 if FULL else 15, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
 )
+
+
+class Walk(Machine):
+    """A machine that is walked at random with steps in the proportions of a busy pool, which reaches what Hypothesis's
+    even choice of steps hardly ever does; it counts what it reached."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.random = random.Random(seed)
+        self.reached: Counter[str] = Counter()
+        rules = self.random.choices(list(WriteRule), k=self.random.randint(0, 3))
+        rules.insert(0, self.random.choice([WriteRule.THROUGH, WriteRule.SECOND_USE]))
+        self.start(rules=rules, replicas={0: self.random.randint(0, 2), 7: self.random.randint(0, 3)})
+
+    def check(self, order: WriteOrder) -> None:
+        super().check(order)
+        self.reached["ordered"] += len(order.units)
+        self.reached["runs"] += len(order.units) > 1
+        self.reached["retried"] += sum(self.model.keys[key].tries != {} for key in order.keys[:, 0].tolist())
+
+    def step(self) -> None:
+        draw = self.random
+        unit, key, tier = draw.randrange(N_UNITS), draw.choice(KEYS), draw.randrange(4)
+        steps: dict[str, tuple[int, Callable[[], object]]] = {
+            "commit": (2, lambda: self.commit(unit=unit, key=key, below=draw.randrange(16), known=draw.random() < 0.1)),
+            "chain": (6, lambda: self.commit_chain(units=draw.sample(range(N_UNITS), N_UNITS), key=key)),
+            "again": (1, lambda: self.commit_again(unit=unit, below=draw.randrange(16))),
+            "touch": (9, lambda: self.touch(units=draw.choices(range(N_UNITS), k=3))),
+            "evict": (3, lambda: self.evict(unit=unit)),
+            "order": (12, lambda: self.order(max_blocks=draw.randrange(7))),
+            "answer": (12, lambda: self.answer_any(draw.randrange(99), draw.choice([0, 0, 1, 9, 9, 9]))),
+            "gone": (1, lambda: self.gone(tier=tier, keys=draw.sample(KEYS, 1))),
+            "set_up": (1, lambda: self.set_up(tier=tier, up=draw.random() < 0.8)),
+            "forget": (2, lambda: self.forget(tier=tier)),
+            "wait": (5, lambda: self.wait(ms=draw.choice([1, FIRST_RETRY_MS, 10_000]))),
+        }
+        name = draw.choices(list(steps), [weight for weight, _ in steps.values()])[0]
+        steps[name][1]()
+        self.agree()
+
+    def answer_any(self, which: int, stored: int) -> None:
+        if not self.outstanding:
+            return
+        order = self.outstanding[which % len(self.outstanding)]
+        for place, key in enumerate(order.keys[:, 0].tolist()):
+            known = self.model.keys[key]
+            self.reached["stale and stored"] += known.stale and place < stored
+            self.reached["left meanwhile"] += known.unit is None
+        self.answer(which=which, stored=stored)
+
+
+def test_a_busy_pool_agrees_with_the_model() -> None:
+    reached: Counter[str] = Counter()
+    for seed in range(200 if FULL else 16):
+        walk = Walk(seed)
+        for _ in range(150):
+            walk.step()
+        reached += walk.reached
+        reached["gave up"] += walk.brain.counts()["gave_up"]
+        reached["lost"] += walk.model.lost
+    # A walk that reaches nothing proves nothing.
+    least = {"ordered": 300, "runs": 60, "retried": 30, "stale and stored": 10, "left meanwhile": 10, "lost": 50}
+    assert {name: n for name, n in least.items() if reached[name] < n} == {}, reached

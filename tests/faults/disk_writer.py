@@ -16,7 +16,7 @@ from penstock.tiers.disk import DiskOptions, DiskTier
 from penstock.tiers.disk_device import System
 from tests.tiers.disk_support import NEVER, ODD, SPACE, chain, cut, write
 
-CHAIN = 12
+CHAIN, N_CHAINS = 12, 20
 SPACES = (SPACE, ODD)
 
 
@@ -62,7 +62,7 @@ def life(folder: str, size: str, seed: int, dies_at: int, report: Connection) ->
     random = np.random.default_rng(seed)
     report.send(("open", 0, 0))
     while True:
-        space, number = int(random.integers(len(SPACES))), int(random.integers(60))
+        space, number = int(random.integers(len(SPACES))), int(random.integers(N_CHAINS))
         keys = chain(number, CHAIN, SPACES[space])
         if random.integers(4):
             report.send(("writing", space, number))

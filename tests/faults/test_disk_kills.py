@@ -20,13 +20,12 @@ from penstock.testing.tier_blocks import Buffers, empty, filled
 from penstock.tiers.base import Found
 from penstock.tiers.disk import DiskTier
 from tests.conftest import Scale
-from tests.faults.disk_writer import CHAIN, SPACES, life, options
+from tests.faults.disk_writer import CHAIN, N_CHAINS, SPACES, life, options
 from tests.support import PATIENCE_S, fork, kill, pipe
 from tests.tiers.disk_support import NEVER, chain, consistent
 
 pytestmark = pytest.mark.faults
 
-N_CHAINS = 60
 ROOMY, CRAMPED = "24M", "700K"
 BUFFERS = [Buffers(space, CHAIN) for space in SPACES]
 Told = dict[tuple[int, int], str]

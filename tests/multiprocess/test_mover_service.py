@@ -15,8 +15,6 @@ import msgspec
 import numpy as np
 import pytest
 
-import penstock
-from penstock import KeyChain, SpaceHandle
 from penstock.pool.below import TierLine
 from penstock.pool.tier_wire import MAX_KEYS, answers, tier_socket
 from penstock.pool.wire import Connection, Error, FrameReader, Query, socket_path
@@ -59,8 +57,12 @@ class World:
 
     def connect(self) -> socket.socket:
         link = socket.socket(socket.AF_UNIX)
-        link.settimeout(PATIENCE_S)
-        link.connect(os.fspath(self.path))
+        try:
+            link.settimeout(PATIENCE_S)
+            link.connect(os.fspath(self.path))
+        except BaseException:
+            link.close()
+            raise
         return link
 
     def locate(self, **other: Any) -> dict[str, Any]:
@@ -297,69 +299,49 @@ def test_keys_out_of_order_and_twice_bring_nothing_wrong(world: World) -> None:
 def test_who_hangs_up_is_not_worked_for(world: World) -> None:
     """The answer would come in an hour; the fetch ends with its client."""
     before = world.counters()
-    with full_of_leases(world), world.connect() as link:
-        link.sendall(frame(world.fetch(wait_s=3600.0, keys=absent_on_disk(world))))
+    with full(world), world.connect() as link:
+        link.sendall(frame(world.fetch(wait_s=3600.0, keys=MORE.array.tobytes())))
         until(lambda: world.counters()["running"] == 1, "it waits for room")
-    until(lambda: world.counters()["running"] == 0, "it ended")
+        link.close()
+        until(lambda: world.counters()["running"] == 0, "it ended")
     assert world.counters()["ended.cancelled"] == before["ended.cancelled"] + 1
 
 
 def test_prefetches_that_wait_hold_up_no_fetch(world: World) -> None:
     """Prefetches that find no room wait long, with nobody behind them; those who wait for a fetch go on."""
-    with contextlib.ExitStack() as stack:
-        leases = stack.enter_context(full_of_leases(world))
+    prefetch = frame(world.fetch(wait_s=60.0, urgency=int(Urgency.PREFETCH), keys=MORE.array.tobytes()))
+    with full(world):
         for _ in range(32):
             with world.connect() as link:
-                link.sendall(frame(world.fetch(wait_s=30.0, urgency=int(Urgency.PREFETCH), keys=absent_on_disk(world))))
+                link.sendall(prefetch)
         until(lambda: world.counters()["running"] == 32, "they wait")
-        here = leases[0]
-        assert FetchEnd(world.ask(world.fetch(keys=here.array.tobytes(), parent=bytes(here.parent))).why) is (
-            FetchEnd.DONE
-        )
+        assert FetchEnd(world.ask(world.fetch(wait_s=5.0)).why) is FetchEnd.DONE
+        assert world.counters()["running"] == 32
     until(lambda: world.counters()["running"] == 0, "there is room again, and they are done")
-
-
-def absent_on_disk(world: World) -> bytes:
-    """Keys of blocks that the disk has and the pool has not."""
-    assert not world.pool.resident(world.handle, MORE.array).any()
-    return MORE.array.tobytes()
+    assert_resident(world.pool, world.handle, MORE)
 
 
 MORE = chain(2, blocks=8)
 
 
 @contextlib.contextmanager
-def full_of_leases(world: World) -> Iterator[list[KeyChain]]:
-    """A pool that can make no room, and lacks `MORE`, which the disk has."""
+def full(world: World) -> Iterator[None]:
+    """A pool without any room, in which there are `world.keys` and nothing else; the disk has `MORE`, too."""
     pool, handle = world.pool, world.handle
-    if not pool.resident(handle, MORE.array).any():
+    if not pool.locate(handle, MORE, wait_s=PATIENCE_S).n_blocks:
         must_store(pool, handle, MORE)
-        until(lambda: world.keeper.tier("disk")["blocks"] >= N_BLOCKS + len(MORE), "it is on the disk, too")
-    held, chains = [], []
-    number = 1000
-    while pool.resident(handle, MORE.array).any() or _store_some(pool, handle, number, chains):
-        number += 1
-        assert number < 2000
-        if not pool.resident(handle, MORE.array).any():
-            held += [pool.match(handle, keys) for keys in chains[len(held) :]]
-        else:
-            _store_some(pool, handle, number, chains)
-    held += [pool.match(handle, keys) for keys in chains[len(held) :]]
-    try:
-        yield [keys for keys, lease in zip(chains, held, strict=True) if len(lease) == len(keys)]
-    finally:
-        for lease in held:
-            lease.release()
-
-
-def _store_some(pool: penstock.Pool, handle: SpaceHandle, number: int, chains: list[KeyChain]) -> bool:
-    from tests.support import store
-
-    keys = chain(number, blocks=64)
-    stored = store(pool, handle, keys, wait_s=0.2)
-    pool.flush(PATIENCE_S)
-    chains.append(keys[: stored.n_blocks])
-    return stored.n_blocks > 0
+        until(lambda: world.keeper.tier("disk")["counters"]["stored"] >= len(MORE), "it is on the disk, too")
+    with pool.fetch(handle, world.keys, PATIENCE_S) as fetched:
+        assert fetched.wait() is FetchEnd.DONE
+    until(lambda: {row["name"]: row for row in world.keeper.stat()["clients"]}["mover"]["grants"] == 0, "idle")
+    with contextlib.ExitStack() as stack:
+        held = stack.enter_context(pool.match(handle, world.keys))
+        assert len(held) == len(world.keys)
+        for n in (64, 8, 1):  # blocks leave all or none of those that are asked for
+            while len(reserved := pool.reserve(handle, n, 0.3)):
+                stack.enter_context(reserved)
+        assert not pool.resident(handle, MORE.array).any()
+        yield
 
 
 def test_two_hundred_fetches_at_once(world: World) -> None:

@@ -81,8 +81,8 @@ class WeedServer(Daemon):
 
     def kill(self) -> None:
         super().kill()
-        for name in ("master", "volume"):  # two sockets whose place cannot be chosen
-            Path(f"/tmp/seaweedfs-{name}-grpc-{self.ports[name][1]}.sock").unlink(missing_ok=True)
+        for name, (_, grpc) in self.ports.items():  # sockets whose place cannot be chosen
+            Path(f"/tmp/seaweedfs-{name}-grpc-{grpc}.sock").unlink(missing_ok=True)
 
 
 def store(endpoint: str, bucket: str = BUCKET, prefix: str | None = None) -> Any:
@@ -90,7 +90,8 @@ def store(endpoint: str, bucket: str = BUCKET, prefix: str | None = None) -> Any
     from obstore.store import S3Store
 
     return S3Store(
-        bucket, prefix=prefix, endpoint=endpoint, region="us-east-1", access_key_id=KEY_ID, secret_access_key=SECRET,
+        bucket, prefix=prefix, aws_endpoint_url_s3=endpoint, region="us-east-1",
+        access_key_id=KEY_ID, secret_access_key=SECRET,
         client_options={"allow_http": True, "timeout": "10s"}, retry_config={"max_retries": 0},
     )  # fmt: skip
 

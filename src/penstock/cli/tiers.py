@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from penstock.bench.probe.table import shown_rate, shown_seconds
-from penstock.cli.ask import ask
+from penstock.cli.ask import ask_mover
 
 __all__ = ["render", "tiers"]
 
@@ -28,7 +28,7 @@ _FULL = 0.95
 
 def tiers(name: str, json: bool) -> None:
     """Print what is below a pool: capacity, use, speed, queue and counters of each tier (all of it as JSON)."""
-    report = ask(name, "tiers")
+    report = ask_mover(name)
     if json:
         print(json_module.dumps(report, indent=2))
         return

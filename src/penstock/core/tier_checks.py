@@ -65,7 +65,7 @@ def _assert_units(table: TierTable, live: Nodes, resident: Nodes) -> None:
 
 
 def _assert_families(table: TierTable, live: Nodes) -> None:
-    slim = table.slim.astype(np.int64)
+    slim = table.slim[: len(table.wide)].astype(np.int64)
     child = live[slim[live, at.PARENT] != 0]
     of = slim[child, at.PARENT]
     _none("its parent is no row", child, ~np.isin(of, live))

@@ -54,6 +54,7 @@ FIRST_RETRY_MS = 250
 _COMMITTED = int(EventKind.COMMITTED)
 _TOUCHED = int(EventKind.TOUCHED)
 _EVICTED = int(EventKind.EVICTED)
+_KEPT = int(EventKind.KEPT)
 
 # Words of an event seen as [n, 10] u64.
 _HEAD, _KEY, _PARENT, _GENERATION, _WHERE, _TENANT, _BELOW = 0, 1, 3, 5, 6, 8, 9
@@ -266,11 +267,11 @@ def _needed(t: Any, n: Any) -> Any:
 
 
 @inline_kernel
-def _used(t: Any, unit: Any) -> Any:
-    """The node of what this unit holds, once more used."""
+def _used(t: Any, unit: Any, times: Any) -> Any:
+    """The node of what this unit holds, `times` more used, and out of the order: it comes back as the newest."""
     n = np.int64(t[at.NODE_OF_][unit])
     if n != 0:
-        t[at.SLIM_][n, at.USES] += 1
+        t[at.SLIM_][n, at.USES] += times
         leave_order(t, n)
     return n
 
@@ -295,8 +296,9 @@ def observe(t: Any, events: Any, copies: Any) -> None:
             if not commits:
                 continue
             n = _take_in(t, unit, events[i], copies[i])
-        elif kind == _TOUCHED:
-            n = _used(t, unit)
+        elif kind == _TOUCHED or kind == _KEPT:
+            # What a lease kept from leaving is the pool's newest, and nobody's use.
+            n = _used(t, unit, 1 if kind == _TOUCHED else 0)
         elif not again:
             n = np.int64(0)
         if n == 0:

@@ -51,7 +51,7 @@ tier_event_dtype = np.dtype(
         ("below", "<u8"),
     ]
 )
-"""One event. `kind` is an `EventKind`: COMMITTED fills all columns, TOUCHED and EVICTED only `unit`; bit t of `below`
+"""One event. `kind` is an `EventKind`: COMMITTED fills all columns, TOUCHED, KEPT and EVICTED only `unit`; bit t of `below`
 says that tier t is known to have the block. `block_bytes` and `priority` are not read by today's rules."""
 
 RUN_BLOCKS = 256

@@ -28,9 +28,11 @@ __all__ = ["MoverChild"]
 
 log = logging.getLogger("penstock.keeper")
 
+PROGRAM = "penstock.runtime.mover"
+"""The module that is run as the mover."""
 _PR_SET_PDEATHSIG = 1
 # A mover that dies is started again after a pause that doubles while it does not live this long.
-_FIRST_PAUSE_S, _LONGEST_PAUSE_S, _HEALTHY_S = 0.1, 10.0, 30.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S, HEALTHY_S = 0.1, 10.0, 30.0
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -42,7 +44,7 @@ class MoverChild:
         self._plan = plan
         self._process: subprocess.Popen[bytes] | None = None
         self._feed: FeedWriter | None = None
-        self._pause_s = _FIRST_PAUSE_S
+        self._pause_s = FIRST_PAUSE_S
         self._next_start = 0.0
         self._started_s = 0.0
         self.restarts = -1
@@ -85,7 +87,7 @@ class MoverChild:
     def _start(self, now: float) -> None:
         ours, theirs = feed_pair()
         self.restarts += 1
-        command = [sys.executable, "-m", "penstock.runtime.mover", self._name, str(theirs.fileno()), str(self.restarts)]
+        command = [sys.executable, "-m", PROGRAM, self._name, str(theirs.fileno()), str(self.restarts)]
         self._feed = FeedWriter(ours)
         with theirs:
             self._process = subprocess.Popen(
@@ -106,8 +108,8 @@ class MoverChild:
 
     def _wait(self, now: float) -> None:
         """Pause before the next start: longer after each one that did not live long."""
-        lived = now - self._started_s > _HEALTHY_S
-        self._pause_s = _FIRST_PAUSE_S if lived else min(2 * self._pause_s, _LONGEST_PAUSE_S)
+        lived = now - self._started_s > HEALTHY_S
+        self._pause_s = FIRST_PAUSE_S if lived else min(2 * self._pause_s, LONGEST_PAUSE_S)
         self._next_start = now + self._pause_s
 
     def _drop(self) -> None:

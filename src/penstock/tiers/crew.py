@@ -14,7 +14,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from itertools import count
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -82,10 +81,10 @@ class Crew:
     ) -> None:
         """Run the calls, up to `window` of these at a time (default: `size`), and hand each end to `take`.
 
-        `calls` is drawn from, and `take` called, in this thread only, as places become free; so both may use the
-        caller's memory. Raises TierTimeout at the deadline and TierUnavailable if the crew was closed or too many calls
-        were left behind; what `take` raises is raised. Calls that have not begun by then never do, those that run are
-        left behind.
+        `calls` is drawn from, and `take` called, in this thread only, so both may use the caller's memory. Both run
+        beside calls: one is drawn ahead, and an end is handed over after the next call took its place. Raises
+        TierTimeout at the deadline and TierUnavailable if the crew was closed or too many calls were left behind; what
+        `take` raises is raised. Calls that have not begun by then never do, those that run are left behind.
         """
         if time.monotonic() >= deadline:
             raise TierTimeout(f"{self._name}: the deadline had passed before the first request")
@@ -93,15 +92,13 @@ class Crew:
         open_calls: dict[int, _Call[T]] = {}
         self._enter(ends)
         try:
-            for index in count():
-                if len(open_calls) == (window or self.size):
-                    self._take_one(ends, open_calls, deadline, take)
-                work = next(calls, None)
-                if work is None:
-                    break
+            for index, work in enumerate(calls):
+                ended = self._next_end(ends, open_calls, deadline) if len(open_calls) == (window or self.size) else None
                 open_calls[index] = self._submit(index, work, ends)
+                if ended is not None:
+                    take(ended)
             while open_calls:
-                self._take_one(ends, open_calls, deadline, take)
+                take(self._next_end(ends, open_calls, deadline))
         finally:
             self._leave(ends, open_calls)
 
@@ -151,13 +148,9 @@ class Crew:
             state.threads += 1
             threading.Thread(target=self._serve, name=f"penstock-{self._name}", daemon=True).start()
 
-    def _take_one(
-        self,
-        ends: SimpleQueue[Ended[T] | None],
-        open_calls: dict[int, _Call[T]],
-        deadline: float,
-        take: Callable[[Ended[T]], None],
-    ) -> None:
+    def _next_end(
+        self, ends: SimpleQueue[Ended[T] | None], open_calls: dict[int, _Call[T]], deadline: float
+    ) -> Ended[T]:
         try:
             ended = ends.get(timeout=max(0.0, deadline - time.monotonic()))
         except Empty:
@@ -165,7 +158,7 @@ class Crew:
         if ended is None:
             raise TierUnavailable(f"{self._name} is closed")
         del open_calls[ended.index]
-        take(ended)
+        return ended
 
     def _leave(self, ends: SimpleQueue[Ended[T] | None], open_calls: dict[int, _Call[T]]) -> None:
         with self._lock:

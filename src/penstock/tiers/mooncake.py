@@ -2,7 +2,7 @@
 
     mooncake://10.0.0.5:50051
     mooncake://10.0.0.5:50051?protocol=rdma&device=mlx5_0&segment=64G
-    mooncake://127.0.0.1:50051?metadata=P2PHANDSHAKE&protocol=tcp&segment=1G&buffer=128M
+    mooncake://127.0.0.1:50051?metadata=P2PHANDSHAKE&protocol=tcp&segment=1G&buffer=64M
 
 The real client, with its batch calls. One object is one block: the header of `envelope.py`, then the payload. Blocks
 pass through bays, memory of this tier that is registered with Mooncake: its calls cannot be interrupted, so a call that
@@ -41,8 +41,11 @@ from penstock.types import WriteRule
 __all__ = ["DEFAULT_WRITE", "MooncakeOptions", "MooncakeTier", "open_tier"]
 
 DEFAULT_WRITE = WriteRule.SECOND_USE
-BAYS = 4
-"""Of each direction: one being copied, others in transfer."""
+BAYS = 3
+"""Of each direction: one in transfer, one being copied, and one to spare for a call that hangs. Two transfers at once
+are slower than one."""
+PIECE_BYTES = 9 << 20
+"""How much goes in one call: enough that the call's cost vanishes, little enough to begin copying soon."""
 MAX_LEFT = 16
 
 # Mooncake's result codes (mooncake-store, types.h), negative as it returns them.
@@ -60,7 +63,7 @@ class MooncakeOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What other machines reach this one by; the address that faces the master by default."""
     segment: str = "1G"
     """Memory of this process that is lent to the store; 0 for none."""
-    buffer: str = "128M"
+    buffer: str = "64M"
     """Memory that blocks pass through, half of it in each direction."""
     prefix: str = ""
     """Put before every object's name."""
@@ -226,7 +229,9 @@ class MooncakeTier(Tier):
 
     def _pieces(self, space: BlockSpace, indices: npt.NDArray[np.intp], bays: Bays) -> list[npt.NDArray[np.intp]]:
         """The blocks in groups that fit into a bay."""
-        each = bays.bay_bytes // _stride(space)
+        each = max(1, PIECE_BYTES // _stride(space))
+        if bays.bay_bytes < each * _stride(space):
+            each = bays.bay_bytes // _stride(space)
         if not each:
             least = 2 * BAYS * _stride(space)
             raise TierUnavailable(f"{self.name}: blocks of {space.block_bytes} bytes need buffer={least} or more")
@@ -258,7 +263,7 @@ class MooncakeTier(Tier):
         take: Callable[[npt.NDArray[np.intp], Loan, list[int]], None],
         deadline: float,
     ) -> None:
-        """Run a call for each piece, `bays.n` at a time; `prepare` and `take` run in this thread, beside the calls."""
+        """Run a call for each piece, one at a time; `prepare` and `take` run in this thread, beside the calls."""
         loans: dict[int, Loan] = {}
 
         def calls() -> Iterator[Callable[[], list[int]]]:
@@ -278,7 +283,7 @@ class MooncakeTier(Tier):
             return
         bays.enter(deadline)
         try:
-            self._crew.run(calls(), deadline, took, window=max(1, bays.free))
+            self._crew.run(calls(), deadline, took, window=1)
         finally:
             for loan in loans.values():
                 loan.release()

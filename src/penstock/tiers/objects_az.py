@@ -17,7 +17,14 @@ import msgspec
 from penstock.tiers.base import Tier
 from penstock.tiers.objects import ObjectTier, Place, import_obstore
 from penstock.tiers.objects_errors import Judge
-from penstock.tiers.objects_options import bucket_and_prefix, check_parallel, client_options, remedies, retries
+from penstock.tiers.objects_options import (
+    bucket_and_prefix,
+    check_parallel,
+    client_options,
+    open_store,
+    remedies,
+    retries,
+)
 from penstock.tiers.objects_secrets import read_secrets
 from penstock.tiers.registry import options_of
 from penstock.types import WriteRule
@@ -60,7 +67,8 @@ def open_tier(location: str, options: dict[str, str], name: str) -> Tier:
         settings["account_name"] = chosen.account
     if chosen.endpoint:
         settings["endpoint"] = chosen.endpoint
-    store = AzureStore(container, prefix=prefix, **settings)
+    hint = "the az tier's settings are not accepted: name the account (account=...), check the credentials"
+    store = open_store(AzureStore, container, prefix, settings, hint)
     where = f"container {container}" + (f" at {chosen.endpoint}" if chosen.endpoint else "")
     access = "check the credentials and that they allow reading, writing, deleting and listing blobs there"
     judge = Judge(where, True, remedies(access))

@@ -17,7 +17,14 @@ import msgspec
 from penstock.tiers.base import Tier
 from penstock.tiers.objects import ObjectTier, Place, import_obstore
 from penstock.tiers.objects_errors import Judge
-from penstock.tiers.objects_options import bucket_and_prefix, check_parallel, client_options, remedies, retries
+from penstock.tiers.objects_options import (
+    bucket_and_prefix,
+    check_parallel,
+    client_options,
+    open_store,
+    remedies,
+    retries,
+)
 from penstock.tiers.objects_secrets import private_file
 from penstock.tiers.registry import options_of
 from penstock.types import WriteRule
@@ -46,7 +53,8 @@ def open_tier(location: str, options: dict[str, str], name: str) -> Tier:
     settings: dict[str, Any] = {"client_options": client_options("", False, "gs"), "retry_config": retries()}
     if chosen.credentials:
         settings["service_account"] = str(private_file(chosen.credentials, "gs"))
-    store = GCSStore(bucket, prefix=prefix, **settings)
+    hint = "the gs tier's settings are not accepted: check that credentials is a service account's JSON file"
+    store = open_store(GCSStore, bucket, prefix, settings, hint)
     access = "check the credentials and that they allow storage.objects.get, create, delete and list there"
     judge = Judge(f"bucket {bucket}", True, remedies(access))
     return ObjectTier(name, Place("gs", store, judge), check_parallel(chosen.parallel, "gs"))

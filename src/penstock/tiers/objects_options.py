@@ -7,7 +7,7 @@ from typing import Any
 
 from penstock.errors import ConfigError
 
-__all__ = ["bucket_and_prefix", "check_parallel", "client_options", "remedies", "retries"]
+__all__ = ["bucket_and_prefix", "check_parallel", "client_options", "open_store", "remedies", "retries"]
 
 
 def bucket_and_prefix(location: str, scheme: str) -> tuple[str, str | None]:
@@ -56,6 +56,17 @@ def remedies(access: str) -> dict[str, str]:
         "reach": "check the endpoint, and that the server runs",
         "request": "check the bucket's name, region and endpoint",
     }
+
+
+def open_store(store: Any, bucket: str, prefix: str | None, settings: dict[str, Any], hint: str) -> Any:
+    """obstore's client, of the class `store`. Raises ConfigError with the hint; the library's own text may quote a file
+    of secrets, so it is not handed on."""
+    import obstore
+
+    try:
+        return store(bucket, prefix=prefix, **settings)
+    except (obstore.exceptions.BaseError, OSError, TypeError, ValueError):
+        raise ConfigError(hint) from None
 
 
 def check_parallel(wanted: int, scheme: str) -> int:

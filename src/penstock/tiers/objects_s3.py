@@ -20,7 +20,14 @@ import msgspec
 from penstock.tiers.base import Tier
 from penstock.tiers.objects import ObjectTier, Place, import_obstore
 from penstock.tiers.objects_errors import Judge
-from penstock.tiers.objects_options import bucket_and_prefix, check_parallel, client_options, remedies, retries
+from penstock.tiers.objects_options import (
+    bucket_and_prefix,
+    check_parallel,
+    client_options,
+    open_store,
+    remedies,
+    retries,
+)
 from penstock.tiers.objects_secrets import read_secrets
 from penstock.tiers.registry import options_of
 from penstock.types import WriteRule
@@ -57,10 +64,13 @@ def open_tier(location: str, options: dict[str, str], name: str) -> Tier:
     settings["region"] = chosen.region or _usual_region()
     settings["client_options"] = client_options(chosen.endpoint, chosen.insecure, "s3")
     settings["retry_config"] = retries()
+    # Single deletions: they are one request each anyway, and not every server knows the other kind.
+    settings["disable_bulk_delete"] = True
     if chosen.endpoint:
         # The one setting that AWS_ENDPOINT_URL_S3 does not override.
         settings["aws_endpoint_url_s3"] = chosen.endpoint
-    store = S3Store(bucket, prefix=prefix, **settings)
+    hint = "the s3 tier's settings are not accepted: check its options and AWS's environment variables"
+    store = open_store(S3Store, bucket, prefix, settings, hint)
     where = f"bucket {bucket}" + (f" at {chosen.endpoint}" if chosen.endpoint else "")
     access = "check the credentials and that they allow s3:GetObject, PutObject, DeleteObject and ListBucket there"
     judge = Judge(where, True, remedies(access))

@@ -17,6 +17,7 @@ from penstock.identity import KeyChain
 from penstock.pool import segment as segments
 from penstock.pool.below import TierLine
 from penstock.pool.client import Pool, SpaceHandle
+from penstock.pool.link import SocketLink
 from penstock.pool.wire import Forget
 from penstock.runtime.opening import open_pool
 
@@ -103,8 +104,10 @@ def wait_written(pool: Served, blocks: int) -> None:
 
 def forget(pool: Pool, handle: SpaceHandle, keys: KeyChain) -> None:
     """Have a chain's blocks leave the pool; what is below it stays. Raises RuntimeError if they do not leave."""
-    deadline = time.monotonic() + _READY_S
-    while pool._link.forget(Forget(handle.digest, keys.array.tobytes())):
+    link, deadline = pool._link, time.monotonic() + _READY_S
+    if not isinstance(link, SocketLink):
+        raise TypeError("blocks are forgotten by a keeper of its own process only")
+    while link.forget(Forget(handle.digest, keys.array.tobytes())):
         if time.monotonic() > deadline:
             raise RuntimeError("blocks do not leave the pool")
         time.sleep(_LOOK_S)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
+import numpy.typing as npt
 
 from penstock.bench.pool.base import Group, Scale
 from penstock.bench.report import Result, result
@@ -36,7 +37,7 @@ def run(group: Group, scale: Scale) -> Iterator[Result]:
     yield result(group.goals[0], estimate(ratios[worst]), note="; ".join(shown))
 
 
-def _measure(speed: str, n_prompts: int, rounds: int) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+def _measure(speed: str, n_prompts: int, rounds: int) -> dict[str, npt.NDArray[np.float64]]:
     """Seconds by mode, one for each prompt and round."""
     import torch
 

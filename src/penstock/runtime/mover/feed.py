@@ -25,7 +25,7 @@ GAP = 0
 
 _MOST = 8192
 _BUFFER_BYTES = 4 << 20
-_TOLD = np.array([EventKind.COMMITTED, EventKind.TOUCHED, EventKind.EVICTED], np.uint32)
+_TOLD = np.array([EventKind.COMMITTED, EventKind.TOUCHED, EventKind.EVICTED, EventKind.KEPT], np.uint32)
 
 
 def feed_pair() -> tuple[socket.socket, socket.socket]:
@@ -48,7 +48,7 @@ class FeedWriter:
         """Events that found no room."""
 
     def tell(self, events: npt.NDArray[np.void]) -> None:
-        """Pass on the commits, touches and evictions of a batch ([n] of event_dtype). Never waits, never raises."""
+        """Pass on what happened to blocks in a batch ([n] of event_dtype). Never waits, never raises."""
         events = events[np.isin(events["kind"], _TOLD)]
         for first in range(0, len(events), _MOST):
             part = events[first : first + _MOST]

@@ -38,6 +38,8 @@ PIECE_BYTES = 8 << 20
 PIECES_AT_ONCE = 3
 _RESTARTS = 4
 _U64 = (1 << 64) - 1
+_DOUBT_S = 1.0
+"""How often a fetch whose tier hangs asks the others."""
 _WAIT_S = 0.02
 """How often a waiting fetch looks whether its client is still there."""
 
@@ -103,7 +105,8 @@ class _Piece:
     claimed: list[bytes]
     got: npt.NDArray[np.uint8] | None = None
     abandoned: bool = False
-    doubted: bool = False
+    doubt_at: float = 0.0
+    """When to look again whether another tier should be asked instead."""
     transfer: Transfer | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -331,9 +334,10 @@ class _Run:
     def _better_elsewhere(self, piece: _Piece) -> bool:
         """Whether the piece's tier hangs while another has the block. One that is only slow looks the same for a while,
         so where no other has it there is nothing to do but wait."""
-        if piece.doubted or not self._places.workers.stuck(piece.tier.number):
+        now = time.monotonic()
+        if now < piece.doubt_at or piece.transfer is None or not self._places.workers.overdue(piece.transfer):
             return False
-        piece.doubted = True  # asked once
+        piece.doubt_at = now + _DOUBT_S
         key = self._order.keys[self._at : self._at + 1]
         found = self._places.where(self._space, key, self._order.deadline, self._avoid | {piece.tier.number})
         return bool(found.tiers[0] >= 0)

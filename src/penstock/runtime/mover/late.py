@@ -70,9 +70,7 @@ class LateTier(Tier):
             self._defects += 1
             log.error("tier %s failed with %s, which no tier may raise", self.name, type(error).__name__)
             log.debug("where", exc_info=True)
-            raise TierUnavailable(
-                f"tier {self.name} failed with {type(error).__name__}, which no tier may raise"
-            ) from None
+            raise TierUnavailable(f"{self.name} failed with {type(error).__name__}, which no tier may raise") from None
 
     def holds(self, space: BlockSpace, keys: Keys, deadline: float) -> npt.NDArray[np.bool_]:
         with self._opened() as tier:

@@ -55,6 +55,7 @@ def _tier(mover: Mover, tier: TierPlace) -> dict[str, Any]:
             "prefetch_bytes": workers.waiting_bytes(tier.number, Urgency.PREFETCH),
             "write_back_bytes": workers.waiting_bytes(tier.number, Urgency.WRITE_BACK),
             "running": workers.running(tier.number),
+            "hanging": workers.hanging(tier.number),
         },
         "counters": tier.shelf.counters() | tier.shelf.tier.counters(),
     }

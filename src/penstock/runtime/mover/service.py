@@ -131,8 +131,7 @@ class Service:
         for guest in list(self._guests):
             self._leave(guest)
         self._listener.close()
-        self._selector.close()
-        os.close(self._wake)
+        self._selector.close()  # but not `_wake`: somebody may call `stop` again, and must not write to another file
 
     def stop(self) -> None:
         """Make `serve` return. Safe from any thread."""
@@ -313,5 +312,5 @@ def _listen(path: Path) -> socket.socket:
         listener.bind(os.fspath(path))
     finally:
         os.umask(mask)
-    listener.listen(128)
+    listener.listen(_MAX_CONNECTIONS)
     return listener

@@ -88,6 +88,20 @@ class Workers:
             running = [each for each in self._running.values() if each.job.tier == tier]
         return len(running) >= self._places[tier] and all(each.started_s < before for each in running)
 
+    def hanging(self, tier: int) -> int:
+        """Transfers that have been running for so long that they may never end."""
+        before = time.monotonic() - STUCK_S
+        with self._changed:
+            return sum(each.job.tier == tier and each.started_s < before for each in self._running.values())
+
+    def overdue(self, transfer: Transfer) -> bool:
+        """Whether it has been running, or cannot start because all others have been, for so long that it may hang."""
+        with self._changed:
+            started = transfer.started_s
+        if not started:
+            return self.stuck(transfer.job.tier)
+        return not transfer.wait(0.0) and time.monotonic() - started > STUCK_S
+
     def waiting_bytes(self, tier: int, urgency: Urgency | None = None) -> int:
         """Bytes of transfers that have not started."""
         with self._changed:
