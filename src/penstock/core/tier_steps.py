@@ -296,7 +296,7 @@ def observe(t: Any, events: Any, copies: Any) -> None:
             if not commits:
                 continue
             n = _take_in(t, unit, events[i], copies[i])
-        elif kind == _TOUCHED or kind == _KEPT:
+        elif kind in (_TOUCHED, _KEPT):
             # What a lease kept from leaving is the pool's newest, and nobody's use.
             n = _used(t, unit, 1 if kind == _TOUCHED else 0)
         elif not again:

@@ -51,8 +51,8 @@ tier_event_dtype = np.dtype(
         ("below", "<u8"),
     ]
 )
-"""One event. `kind` is an `EventKind`: COMMITTED fills all columns, TOUCHED, KEPT and EVICTED only `unit`; bit t of `below`
-says that tier t is known to have the block. `block_bytes` and `priority` are not read by today's rules."""
+"""One event. `kind` is an `EventKind`: COMMITTED fills all columns, TOUCHED, KEPT and EVICTED only `unit`; bit t of
+`below` says that tier t is known to have the block. `block_bytes` and `priority` are not read by today's rules."""
 
 RUN_BLOCKS = 256
 """The most blocks of one order: large enough to fill a device, small enough that urgent work soon gets its turn."""

@@ -127,7 +127,6 @@ HEADERS: dict[str, tuple[str, Callable[[str], object]]] = {
     "x-penstock-ttl-s": ("ttl_s", _number),
     "x-penstock-skip-save": ("skip_save", _flag),
     "x-penstock-skip-load": ("skip_load", _flag),
-    "x-penstock-fetch": ("fetch", str),
     "x-penstock-min-hit-tokens": ("min_hit_tokens", _whole),
     "x-penstock-wait-s": ("wait_s", _number),
     "x-penstock-fetch": ("fetch", str.lower),
