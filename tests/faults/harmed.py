@@ -18,6 +18,7 @@ from pathlib import Path
 
 from penstock.runtime import mover_child
 from penstock.runtime import serve as serving
+from penstock.runtime.mover import feed
 from penstock.tiers import disk
 from penstock.tiers.disk import DEFAULT_WRITE
 from penstock.tiers.registry import register
@@ -73,8 +74,9 @@ def said(location: Path, **harm: str) -> Iterator[None]:
 
 
 def harming() -> None:
-    """Its mover knows this tier."""
+    """Its mover knows this tier, and is told things through a socket that holds little."""
     mover_child.PROGRAM = "tests.faults.harmed"
+    feed.BUFFER_BYTES = 32 << 10
 
 
 def quickly() -> None:

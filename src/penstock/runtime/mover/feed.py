@@ -24,7 +24,7 @@ GAP = 0
 """Events before this row are missing."""
 
 _MOST = 8192
-_BUFFER_BYTES = 4 << 20
+BUFFER_BYTES = 4 << 20
 _TOLD = np.array([EventKind.COMMITTED, EventKind.TOUCHED, EventKind.EVICTED, EventKind.KEPT], np.uint32)
 
 
@@ -33,7 +33,7 @@ def feed_pair() -> tuple[socket.socket, socket.socket]:
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     for end, option in ((ours, socket.SO_SNDBUF), (theirs, socket.SO_RCVBUF)):
         with contextlib.suppress(OSError):
-            end.setsockopt(socket.SOL_SOCKET, option, _BUFFER_BYTES)
+            end.setsockopt(socket.SOL_SOCKET, option, BUFFER_BYTES)
     ours.setblocking(False)
     return ours, theirs
 
