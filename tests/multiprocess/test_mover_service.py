@@ -296,54 +296,6 @@ def test_keys_out_of_order_and_twice_bring_nothing_wrong(world: World) -> None:
 # ---- clients that go, do not read, or are many
 
 
-def test_who_hangs_up_is_not_worked_for(world: World) -> None:
-    """The answer would come in an hour; the fetch ends with its client."""
-    before = world.counters()
-    with full(world), world.connect() as link:
-        link.sendall(frame(world.fetch(wait_s=3600.0, keys=MORE.array.tobytes())))
-        until(lambda: world.counters()["running"] == 1, "it waits for room")
-        link.close()
-        until(lambda: world.counters()["running"] == 0, "it ended")
-    assert world.counters()["ended.cancelled"] == before["ended.cancelled"] + 1
-
-
-def test_prefetches_that_wait_hold_up_no_fetch(world: World) -> None:
-    """Prefetches that find no room wait long, with nobody behind them; those who wait for a fetch go on."""
-    prefetch = frame(world.fetch(wait_s=60.0, urgency=int(Urgency.PREFETCH), keys=MORE.array.tobytes()))
-    with full(world):
-        for _ in range(32):
-            with world.connect() as link:
-                link.sendall(prefetch)
-        until(lambda: world.counters()["running"] == 32, "they wait")
-        assert FetchEnd(world.ask(world.fetch(wait_s=5.0)).why) is FetchEnd.DONE
-        assert world.counters()["running"] == 32
-    until(lambda: world.counters()["running"] == 0, "there is room again, and they are done")
-    assert_resident(world.pool, world.handle, MORE)
-
-
-MORE = chain(2, blocks=8)
-
-
-@contextlib.contextmanager
-def full(world: World) -> Iterator[None]:
-    """A pool without any room, in which there are `world.keys` and nothing else; the disk has `MORE`, too."""
-    pool, handle = world.pool, world.handle
-    if not pool.locate(handle, MORE, wait_s=PATIENCE_S).n_blocks:
-        must_store(pool, handle, MORE)
-        until(lambda: world.keeper.tier("disk")["counters"]["stored"] >= len(MORE), "it is on the disk, too")
-    with pool.fetch(handle, world.keys, PATIENCE_S) as fetched:
-        assert fetched.wait() is FetchEnd.DONE
-    until(lambda: {row["name"]: row for row in world.keeper.stat()["clients"]}["mover"]["grants"] == 0, "idle")
-    with contextlib.ExitStack() as stack:
-        held = stack.enter_context(pool.match(handle, world.keys))
-        assert len(held) == len(world.keys)
-        for n in (64, 8, 1):  # blocks leave all or none of those that are asked for
-            while len(reserved := pool.reserve(handle, n, 0.3)):
-                stack.enter_context(reserved)
-        assert not pool.resident(handle, MORE.array).any()
-        yield
-
-
 def test_two_hundred_fetches_at_once(world: World) -> None:
     keys = [world.keys, *(chain(300 + i, blocks=2) for i in range(3))]
     running = [world.pool.fetch(world.handle, keys[i % 4], PATIENCE_S) for i in range(200)]
