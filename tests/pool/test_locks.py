@@ -99,8 +99,10 @@ def test_a_forked_child_that_abandons_it_leaves_it_with_the_parent(path: Path) -
 def test_programs_that_are_started_do_not_inherit_it(path: Path) -> None:
     lock, other = ByteLock(path), ByteLock(path)
     assert lock.try_acquire(1)
-    command = [sys.executable, "-c", "import sys; sys.stdin.read()"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE, close_fds=False):
+    command = [sys.executable, "-c", "import sys; print('running', flush=True); sys.stdin.read()"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False) as program:
+        # `Popen` returns while the kernel still closes what the program does not inherit.
+        assert program.stdout is not None and program.stdout.readline()
         lock.close()
         assert not other.held_by_other(1)
     other.close()

@@ -84,7 +84,7 @@ def test_a_framed_body_is_a_request_or_refused(body: bytes) -> None:
 )
 def test_only_exact_requests_pass(body: object) -> None:
     data = msgspec.msgpack.encode(body)
-    with pytest.raises(KeeperError, match="not a request"):
+    with pytest.raises(KeeperError, match="not a message"):
         FrameReader().feed(struct.pack("<I", len(data)) + data)
 
 
