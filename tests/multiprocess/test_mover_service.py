@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import math
 import os
 import socket
@@ -15,6 +16,8 @@ import msgspec
 import numpy as np
 import pytest
 
+import penstock
+from penstock import SpaceHandle
 from penstock.pool.below import TierLine
 from penstock.pool.tier_wire import MAX_KEYS, answers, tier_socket
 from penstock.pool.wire import Connection, Error, FrameReader, Query, socket_path
@@ -27,6 +30,7 @@ from tests.support import (
     chain,
     must_store,
     small_geometry,
+    store,
     until,
 )
 
@@ -294,6 +298,66 @@ def test_keys_out_of_order_and_twice_bring_nothing_wrong(world: World) -> None:
 
 
 # ---- clients that go, do not read, or are many
+
+
+def test_who_hangs_up_is_not_worked_for(world: World) -> None:
+    """The answer would come in an hour; the fetch ends with its client."""
+    before = world.counters()
+    with full(world), world.connect() as link:
+        link.sendall(frame(world.fetch(wait_s=3600.0, keys=MORE.array.tobytes())))
+        until(lambda: world.counters()["running"] == 1, "it waits for room")
+        link.close()
+        until(lambda: world.counters()["running"] == 0, "it ended")
+    assert world.counters()["ended.cancelled"] == before["ended.cancelled"] + 1
+
+
+def test_prefetches_that_wait_hold_up_no_fetch(world: World) -> None:
+    """Prefetches that find no room wait long, with nobody behind them; those who wait for a fetch go on."""
+    prefetch = frame(world.fetch(wait_s=60.0, urgency=int(Urgency.PREFETCH), keys=MORE.array.tobytes()))
+    with full(world):
+        for _ in range(32):
+            with world.connect() as link:
+                link.sendall(prefetch)
+        until(lambda: world.counters()["running"] == 32, "they wait")
+        assert FetchEnd(world.ask(world.fetch(wait_s=5.0)).why) is FetchEnd.DONE
+        assert world.counters()["running"] == 32
+    until(lambda: world.counters()["running"] == 0, "there is room again, and they are done")
+    assert_resident(world.pool, world.handle, MORE)
+
+
+MORE = chain(2, blocks=8)
+FILLERS = itertools.count(100_000)
+
+
+@contextlib.contextmanager
+def full(world: World) -> Iterator[None]:
+    """A pool in which everything is leased, with `world.keys` and without `MORE`, which the disk has, too."""
+    pool, handle = world.pool, world.handle
+    if not pool.locate(handle, MORE, wait_s=PATIENCE_S).n_blocks:
+        must_store(pool, handle, MORE)
+        until(lambda: world.keeper.tier("disk")["counters"]["stored"] >= len(MORE), "it is on the disk, too")
+    with pool.fetch(handle, world.keys, PATIENCE_S) as fetched:
+        assert fetched.wait() is FetchEnd.DONE
+    with contextlib.ExitStack() as stack:
+        held = stack.enter_context(pool.match(handle, world.keys))
+        assert len(held) == len(world.keys)
+        while fill(pool, handle, stack) or pool.resident(handle, MORE.array).any():
+            pass
+        until(lambda: world.keeper.tier_report()["orders"]["in_flight"] == 0, "the mover holds nothing")
+        yield
+
+
+def fill(pool: penstock.Pool, handle: SpaceHandle, stack: contextlib.ExitStack) -> int:
+    """Store blocks that nobody has and hold them; how many found room."""
+    found = 0
+    # Room is made for all or none of those that are asked for, and recent blocks are evicted only after a while.
+    for n, wait_s in ((64, 0.3), (8, 0.3), (1, 3.0)):
+        keys = chain(next(FILLERS), blocks=n)
+        stored = store(pool, handle, keys, wait_s=wait_s).n_blocks
+        assert pool.flush(PATIENCE_S)
+        stack.enter_context(pool.match(handle, keys[:stored]))
+        found += stored
+    return found
 
 
 def test_two_hundred_fetches_at_once(world: World) -> None:
