@@ -15,7 +15,7 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,8 +46,14 @@ def kernel(signature: str) -> Callable[[F], F]:
         where = cache_dir()
         if where is None:
             return numba.njit(signature, nogil=True)(fn)  # type: ignore[no-any-return]
-        with _exclusive(where), _numba_cache_in(where):
-            return numba.njit(signature, nogil=True, cache=True)(fn)  # type: ignore[no-any-return]
+        # Loading needs no lock, and processes that start together would wait for each other at every kernel.
+        stamp = where / f".{fn.__module__}.{fn.__qualname__}.compiled"
+        is_new = not stamp.exists()
+        with _exclusive(where) if is_new else nullcontext(), _numba_cache_in(where):
+            compiled = numba.njit(signature, nogil=True, cache=True)(fn)
+        if is_new:
+            stamp.touch()
+        return compiled  # type: ignore[no-any-return]
 
     return wrap
 
@@ -92,7 +98,7 @@ def _sources_digest() -> str:
 
 @contextmanager
 def _exclusive(where: Path) -> Iterator[None]:
-    """One process compiles at a time; the others wait for it and then load what it made."""
+    """One process compiles at a time; others that want the same wait for it and then load what it made."""
     fd = os.open(where / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

@@ -26,6 +26,7 @@ from penstock.identity import root_key
 from penstock.pool import segment as segments
 from penstock.pool.layout import Geometry, plan_geometry
 from penstock.pool.link import SocketLink
+from penstock.pool.remote import Copied, RemoteReader
 from penstock.pool.wire import Forget
 from penstock.testing.pool import chain, make_space, target
 from penstock.testing.tier_blocks import (
@@ -43,7 +44,7 @@ from penstock.testing.tiers import TierSuite
 from penstock.tiers import registry
 from penstock.tiers.base import BlockSpace, Found, Placed, Tier
 from penstock.tiers.memory import MemoryTier, pool_name
-from penstock.types import WriteRule
+from penstock.types import Miss, WriteRule
 from tests.support import MIB, PATIENCE_S, Keeper, environment, until, wait_stopped
 
 ROOMY = plan_geometry(72 * MIB, unit_bytes=4096, slab_bytes=4 * MIB, n_lanes=4)
@@ -406,6 +407,33 @@ def test_the_keeper_ends_with_its_owner_and_the_blocks_stay() -> None:
             tier.read(batch, soon())
 
 
+# ---- hosts without coherence
+
+
+def test_what_it_publishes_is_read_without_a_keeper_or_a_lease() -> None:
+    """That every line is written back shows in tests/pool/test_publishing.py: on this machine no reader can tell."""
+    with place() as path:
+        tier = started(path, "size=48M&slab=1M&coherent=no")
+        keys = block_keys(SPACE, 1, 8)
+        batch = filled(SPACE, keys)
+        assert (tier.write(batch, soon()) == STORED).all()
+        out = np.zeros((8, SPACE.block_bytes), np.uint8)
+        reader = RemoteReader(path)
+        assert reader.read(SPACE.digest, keys, out) == Copied(8, Miss.NONE)
+        assert [row.tobytes() for row in out] == [bytes(payload) for payload in batch.payloads]
+        tier.close()
+        assert reader.read(SPACE.digest, keys, out).n_blocks == 8, "no keeper is needed"
+
+
+def test_a_segment_for_coherent_memory_is_not_taken_for_another() -> None:
+    with place() as path:
+        started(path).close()
+        with pytest.raises(TierUnavailable, match="coherent memory; `penstock rm`"):
+            started(path, "coherent=no")
+    with Keeper(ROOMY) as keeper, pytest.raises(ConfigError, match="coherent memory; `penstock rm`"):
+        registry.open_tier(registry.parse_tier(f"memory:{keeper.path}?pool={keeper.name}&coherent=no"))
+
+
 # ---- what is refused
 
 
@@ -415,7 +443,6 @@ def test_the_keeper_ends_with_its_owner_and_the_blocks_stay() -> None:
         ("memory:relative?size=64M", "absolute"),
         ("memory:/dev/shm/none-such-here", "size="),
         ("memory:/dev/shm/none-such-here?size=64M&numa=999", "nodes with memory: 0"),
-        ("memory:/dev/shm/none-such-here?size=64M&coherent=no", "write back"),
         ("memory:/dev/shm/none-such-here?size=many", "size 'many'"),
         ("memory:/dev/shm/none-such-here?size=64M&pool=a/b", "pool name"),
         ("memory:/dev/shm/none-such-here?sise=64M", "did you mean 'size'"),

@@ -49,6 +49,10 @@ def serve(
         list[str] | None,
         typer.Option("--tenant-cap", help="TENANT=SIZE: bytes a second for a tenant's moves; repeatable."),
     ] = None,
+    coherent: Annotated[
+        bool,
+        typer.Option(help="Whether all hosts that map the memory see each other's stores; fixed when it is created."),
+    ] = True,
     verbose: Annotated[bool, typer.Option("--verbose", "-v")] = False,
     numa: Annotated[int, typer.Option("--numa", hidden=True, help="Take the memory from this NUMA node.")] = -1,
     parent: Annotated[int, typer.Option("--parent", hidden=True, help="Stop when this process, the parent, ends.")] = 0,
@@ -58,7 +62,7 @@ def serve(
 
     run(
         name, size, path, slab, verbose, tiers=tier or (), replicas=replicas or (), tenant_caps=tenant_cap or (),
-        numa=None if numa < 0 else numa, parent=parent or None,
+        coherent=coherent, numa=None if numa < 0 else numa, parent=parent or None,
     )  # fmt: skip
 
 

@@ -30,6 +30,7 @@ def serve(
     tiers: Sequence[str] = (),
     replicas: Sequence[str] = (),
     tenant_caps: Sequence[str] = (),
+    coherent: bool = True,
     numa: int | None = None,
     parent: int | None = None,
 ) -> None:
@@ -52,7 +53,7 @@ def serve(
         )
     # The tables are allocated, and the process that touches the rest is started, in here.
     with binding(numa) if numa is not None else contextlib.nullcontext():
-        server = Server(name, where, geometry, tiers=plan)
+        server = Server(name, where, geometry, tiers=plan, coherent=coherent)
     if numa is not None:
         bind_file(server.segment.fd, server.segment.geometry.total_bytes, numa)
     if parent is not None:

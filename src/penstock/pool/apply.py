@@ -93,6 +93,7 @@ from penstock.pool.layout import (
     SlotState,
 )
 from penstock.pool.lookup import LOW32, find
+from penstock.pool.publishing import write_back_block, write_back_published
 from penstock.types import NO_UNIT, Drop, EventKind, event_dtype
 
 FREE, GRANTED, READY = int(SlotState.FREE), int(SlotState.GRANTED), int(SlotState.READY)
@@ -291,9 +292,11 @@ def _apply_one(ctx: int, entry: int, at: int) -> int:
     directory, mask = load(ctx + Y_DIRECTORY), load(ctx + Y_MASK)
     if _room(directory, lo & mask) + _room(directory, hi & mask) == 0:
         return _DIRECTORY_FULL
+    write_back_block(ctx, unit, load(entry + C_LENGTH))
     _fill_record(ctx, entry, record)
     store_release(record + R_STATE, READY | load(entry + C_SPACE) << 32)
     insert(directory, mask, lo, hi, unit)
+    write_back_published(ctx, unit, lo, hi)
     store(load(ctx + Y_PARENT) + 8 * unit, parent)
     _emit(at, _COMMITTED, unit, parent if parent >= 0 else NO_UNIT, class_of_unit(ctx, unit))
     store32(at + _E_PRIORITY, load(entry + C_PRIORITY))

@@ -16,6 +16,7 @@ from penstock.errors import ConfigError, KeeperError
 from penstock.pool import layout
 from penstock.pool.apply import apply_commits, take_hits
 from penstock.pool.cells import clear, peek, poke, poke_and_fence
+from penstock.pool.coherence import need_instructions, write_back
 from penstock.pool.counting import keeper_counters, lane_counters
 from penstock.pool.evict import evict, free_granted, grant
 from penstock.pool.finding import find_units
@@ -55,9 +56,14 @@ class Survivors:
 
 
 class Authority:
-    """Exclusive write access to a mapped segment. The caller holds the keeper's lock for as long as this exists."""
+    """Exclusive write access to a mapped segment. The caller holds the keeper's lock for as long as this exists.
+
+    Raises ConfigError where what it publishes has to be written back and the processor cannot.
+    """
 
     def __init__(self, segment: Segment) -> None:
+        if segment.writes_back:
+            need_instructions()
         self.segment = segment
         self.geometry = geometry = segment.geometry
         self.mapping = segment.map(0, geometry.total_bytes, writable=True)
@@ -66,7 +72,7 @@ class Authority:
         self._lane_bytes = geometry.lane_bytes
         self._slabs_at = self.mapping.address + geometry.slabs_offset
         self._private = private_columns(geometry)
-        self._cells = keeper_context(self.mapping.address, geometry, self._private)
+        self._cells = keeper_context(self.mapping.address, geometry, self._private, segment.writes_back)
         self.ctx = int(self._cells.ctypes.data)
         self._marks = np.zeros(geometry.n_units, np.uint8)
         self.events = np.zeros(max(geometry.ring, 4096), event_dtype)
@@ -85,6 +91,11 @@ class Authority:
 
     def _slab_row(self, slab: int) -> int:
         return self._slabs_at + slab * layout.SLAB_ROW_BYTES
+
+    def _written(self, address: int, n_bytes: int) -> None:
+        """Hosts without coherence see what was stored there before what is stored next."""
+        if self.segment.writes_back:
+            write_back(address, n_bytes)
 
     # ---- start
 
@@ -106,6 +117,8 @@ class Authority:
         for slab in range(self.geometry.n_slabs):
             if peek(self._slab_row(slab)) != 0:
                 self._rebuild_slab(slab)
+        # A keeper that died may have published and not written back.
+        self._written(self.mapping.address, self.geometry.removals_offset)
         return self.survivors()
 
     def _rebuild_slab(self, slab: int) -> None:
@@ -222,6 +235,7 @@ class Authority:
         poke(row + layout.B_TABLE, shape.table_bytes)
         poke(row + layout.B_SLOTS, shape.slots_per_slab)
         poke(row + layout.B_CLASS, slot_class + 1)
+        self._written(row, layout.SLAB_ROW_BYTES)
         push_free_slab(self.ctx, slab)
 
     def unassign_slab(self, slab: int) -> None:
@@ -229,7 +243,12 @@ class Authority:
         if self._private["slab_used"][slab]:
             raise ValueError(f"slab {slab} is in use")
         pull_free_slab(self.ctx, slab)
-        poke(self._slab_row(slab) + layout.B_CLASS, 0)
+        # Before its slots lie elsewhere, nothing in it is a block to anybody.
+        units, row = self.geometry.units_per_slab, self._slab_row(slab)
+        records = self.mapping.address + self.geometry.records_offset
+        self._written(records + slab * units * layout.RECORD_BYTES, units * layout.RECORD_BYTES)
+        poke(row + layout.B_CLASS, 0)
+        self._written(row, layout.SLAB_ROW_BYTES)
 
     def slab_blocks(self, slab: int) -> npt.NDArray[np.uint32]:
         """Units of the READY blocks in a slab."""
@@ -331,6 +350,7 @@ class Authority:
         for row in self.spaces.values():  # in the order they were registered
             if row.id not in in_use:
                 poke(self._space_at(row.id), 0)
+                self._written(self._space_at(row.id), layout.SPACE_BYTES)
                 del self.spaces[row.digest]
                 return row.id
         raise KeeperError(f"all {self.geometry.max_spaces} spaces of this pool hold blocks; recreate it")
@@ -363,6 +383,7 @@ class Authority:
         ):
             poke(address + offset, value)
         poke(address + layout.S_STATE, 1)
+        self._written(address, layout.SPACE_BYTES)
 
     def _read_spaces(self) -> None:
         self.spaces = {row.digest: row for row in read_spaces(self.mapping.array, self.geometry)}

@@ -2,7 +2,8 @@
 
 A publisher writes back what it stored before it publishes it; a reader drops the lines it is about to load. Both wait
 for it, because these instructions are ordered by fences only. The order in which a pool needs them is explored in
-`testing/model/incoherent.py`. Importing this raises ConfigError on a processor that has no such instructions.
+`testing/model/incoherent.py`. On a processor that has no such instructions they do nothing, and `need_instructions`
+raises.
 
 x86: clwb where there is one, else clflushopt, else clflush, and sfence; to drop, clflushopt or clflush, and mfence
 (Intel SDM volume 2, on CLWB and CLFLUSHOPT). 64-bit Arm: dc cvac and dc civac, to the point of coherency, and dsb sy.
@@ -25,7 +26,7 @@ from penstock.errors import ConfigError
 from penstock.jit import inline_kernel, kernel
 from penstock.pool.layout import LINE
 
-__all__ = ["drop_lines", "invalidate", "line_instructions", "write_back", "write_back_lines"]
+__all__ = ["drop_lines", "invalidate", "line_instructions", "need_instructions", "write_back", "write_back_lines"]
 
 
 class LineInstructions(NamedTuple):
@@ -51,13 +52,24 @@ def line_instructions(machine: str, features: str) -> LineInstructions:
     )
 
 
-_here = line_instructions(platform.machine().lower(), get_host_cpu_features())
-if not _here.drop.startswith("llvm."):
+def need_instructions() -> None:
+    """Raises ConfigError on a processor that cannot write cache lines back and drop them."""
+    line_instructions(platform.machine().lower(), get_host_cpu_features())
+
+
+_NONE = LineInstructions("", "", "", "")
+try:
+    _here = line_instructions(platform.machine().lower(), get_host_cpu_features())
+except ConfigError:
+    _here = _NONE
+if _here is not _NONE and not _here.drop.startswith("llvm."):
     llvm.initialize_native_asmparser()  # without it, inline assembly ends the process
 
 
 def _emit(builder: Any, instruction: str, *pointers: Any) -> None:
     """A call of LLVM's intrinsic, or the instruction as inline assembly."""
+    if not instruction:
+        return
     kind = ir.FunctionType(ir.VoidType(), [pointer.type for pointer in pointers])
     if instruction.startswith("llvm."):
         builder.call(cgutils.get_or_insert_function(builder.module, kind, instruction), pointers)

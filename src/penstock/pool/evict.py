@@ -60,6 +60,7 @@ from penstock.pool.layout import (
     SlotState,
 )
 from penstock.pool.lookup import LOW32
+from penstock.pool.publishing import write_back_granted
 from penstock.types import EventKind, Eviction
 
 GRANTED, LEAVING = int(SlotState.GRANTED), int(SlotState.LEAVING)
@@ -95,6 +96,7 @@ def grant(ctx: int, lane_index: int, slot_class: int, n: int) -> int:
         store(record + R_EPOCH, load(lane + L_EPOCH))
         store(record + R_STAMP, head + i)
         store_release(record + R_STATE, GRANTED | lane_index << 8)
+        write_back_granted(ctx, unit)
         store(load(ctx + Y_HOLDER) + 8 * unit, lane_index + 1)
         add(load(ctx + Y_SLAB_USED) + 8 * (unit // load(ctx + Y_UNITS_PER_SLAB)), 1)
         entry = ring + ((head + i) & mask) * GRANT_BYTES

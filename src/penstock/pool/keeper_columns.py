@@ -10,6 +10,7 @@ from penstock.pool.keeper_context import (
     KEEPER_CELLS,
     Y_COMMITS_AT,
     Y_COUNTERS,
+    Y_DATA,
     Y_DIRECTORY,
     Y_FREE_HEAD,
     Y_GRANTS_AT,
@@ -33,12 +34,14 @@ from penstock.pool.keeper_context import (
     Y_REMOVALS,
     Y_REMOVALS_MASK,
     Y_RING_MASK,
+    Y_SLAB_BYTES,
     Y_SLAB_USED,
     Y_SLABS,
     Y_SPACES,
     Y_SUSPECTS,
     Y_UNIT_BYTES,
     Y_UNITS_PER_SLAB,
+    Y_WRITES_BACK,
 )
 from penstock.pool.layout import N_CLASSES, Geometry
 
@@ -64,7 +67,7 @@ def private_columns(geometry: Geometry) -> Columns:
     }
 
 
-def keeper_context(base: int, geometry: Geometry, private: Columns) -> npt.NDArray[np.int64]:
+def keeper_context(base: int, geometry: Geometry, private: Columns, writes_back: bool) -> npt.NDArray[np.int64]:
     """The cells that the keeper's kernels take, for a segment mapped at `base`. The columns must outlive them."""
     cells = np.zeros(KEEPER_CELLS, np.int64)
     values = {
@@ -99,6 +102,9 @@ def keeper_context(base: int, geometry: Geometry, private: Columns) -> npt.NDArr
         Y_MAX_SUSPECTS: _MAX_SUSPECTS,
         Y_REMOVALS: base + geometry.removals_offset,
         Y_REMOVALS_MASK: geometry.n_removals - 1,
+        Y_WRITES_BACK: int(writes_back),
+        Y_DATA: base + geometry.data_offset,
+        Y_SLAB_BYTES: geometry.slab_bytes,
     }
     for offset, value in values.items():
         cells[offset // 8] = value

@@ -41,6 +41,9 @@ Y_N_SUSPECTS = 248
 Y_MAX_SUSPECTS = 256
 Y_REMOVALS = 264  # the ring of removals
 Y_REMOVALS_MASK = 272
+Y_WRITES_BACK = 280  # 1: what is published is written back to memory
+Y_DATA = 288
+Y_SLAB_BYTES = 296
 KEEPER_CELLS = 40
 
 # Counters page, u64 cells: the keeper's own, then what dead or departed clients had counted in their lanes.

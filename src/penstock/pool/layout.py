@@ -32,6 +32,7 @@ H_LEASES = 80
 H_RING = 88
 H_MAX_SPACES = 96
 H_CREATED_MS = 104
+H_WRITES_BACK = 112  # 1: hosts map this without coherence, and the keeper writes back what it publishes
 H_KEEPER_EPOCH = 512  # keeper
 H_KEEPER_PID = 520
 H_CLEAN = 528  # 1 after an orderly stop

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.pool import segment as segments
-from penstock.pool.coherence import invalidate
+from penstock.pool.coherence import invalidate, need_instructions
 from penstock.pool.context import (
     CONTEXT_CELLS,
     X_DATA,
@@ -55,6 +55,7 @@ class RemoteReader:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        need_instructions()
         self.path = Path(path)
         segment = segments.open_existing(self.path, check_owner=False, writable=False)
         try:

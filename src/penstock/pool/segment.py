@@ -75,6 +75,8 @@ class Segment:
     fd: int
     geometry: Geometry
     uuid: bytes
+    writes_back: bool = False
+    """Whether the keeper writes back to memory what it publishes, for hosts that map it without coherence."""
 
     def map(self, offset: int, size: int, *, writable: bool, fork: bool = True) -> Mapping:
         """Map a range (page-aligned). Left out of core dumps; with fork=False also of forked children."""
@@ -93,8 +95,8 @@ class Segment:
             self.fd = -1
 
 
-def create(path: Path, geometry: Geometry) -> Segment:
-    """Make a new segment. The caller holds the keeper's lock.
+def create(path: Path, geometry: Geometry, *, writes_back: bool = False) -> Segment:
+    """Make a new segment. The caller holds the keeper's lock. `writes_back`: as in `Segment`, for good.
 
     Raises NoSpaceLeft if the file system or device cannot hold it, before anything is written. The tables are allocated
     here, the slabs later, piece by piece. What an interrupted creation left (a zero where the magic number belongs) is
@@ -117,6 +119,7 @@ def create(path: Path, geometry: Geometry) -> Segment:
         struct.pack_into("<Q", page, layout.H_TOTAL_BYTES, geometry.total_bytes)
         struct.pack_into("<Q", page, layout.H_N_BUCKETS, geometry.n_buckets)
         struct.pack_into("<Q", page, layout.H_CREATED_MS, time.time_ns() // 1_000_000)
+        struct.pack_into("<Q", page, layout.H_WRITES_BACK, int(writes_back))
         struct.pack_into("<Q", page, layout.H_VERSION, layout.FORMAT_VERSION)
         page[layout.H_UUID : layout.H_UUID + 16] = identity
         _write(fd, page, 0)
@@ -125,7 +128,7 @@ def create(path: Path, geometry: Geometry) -> Segment:
     except OSError as error:
         os.close(fd)
         raise NoSpaceLeft(f"{path}: {error.strerror}; ask for a smaller --size or another --path") from error
-    return Segment(path, fd, geometry, identity)
+    return Segment(path, fd, geometry, identity, writes_back)
 
 
 def _make_tables(fd: int, geometry: Geometry) -> None:
@@ -237,7 +240,8 @@ def _checked(path: Path, fd: int, check_owner: bool) -> Segment:
         raise Damaged(f"{path}: the header contradicts itself; remove it with `penstock rm`")
     if (size := size_of(fd)) < total:
         raise Damaged(f"{path} has {size} of {total} bytes: it was truncated; remove it with `penstock rm`")
-    return Segment(path, fd, geometry, page[layout.H_UUID : layout.H_UUID + 16])
+    (writes_back,) = struct.unpack_from("<Q", page, layout.H_WRITES_BACK)
+    return Segment(path, fd, geometry, page[layout.H_UUID : layout.H_UUID + 16], bool(writes_back))
 
 
 def _plausible(geometry: Geometry, total: int, buckets: int) -> bool:

@@ -22,6 +22,7 @@ from penstock.errors import ConfigError, KeeperRunning
 from penstock.pool import layout
 from penstock.pool import segment as segments
 from penstock.pool.cells import peek, poke
+from penstock.pool.coherence import need_instructions
 from penstock.pool.layout import Geometry
 from penstock.pool.locks import KEEPER_BYTE, ByteLock
 from penstock.pool.wire import socket_path
@@ -53,9 +54,13 @@ class Server:
     """
 
     def __init__(
-        self, name: str, path: Path, geometry: Geometry | None, *, policy: str = "lru", tiers: MoverPlan | None = None
-    ) -> None:
-        """Open the segment at `path`, or create it with `geometry` (None: it must be there). `tiers` lie below it."""
+        self, name: str, path: Path, geometry: Geometry | None, *, policy: str = "lru", tiers: MoverPlan | None = None,
+        coherent: bool = True,
+    ) -> None:  # fmt: skip
+        """Open the segment at `path`, or create it with `geometry` (None: it must be there). `tiers` lie below it.
+
+        Not `coherent`: other hosts map the segment and see this host's stores only when they are written back.
+        """
         self.name = segments.check_name(name)
         self.path = path
         self._stopping = False
@@ -74,14 +79,19 @@ class Server:
                 # It takes as long to start as the keeper does, and waits for it.
                 undo.callback(self.mover.stop)
                 self.mover.tend()
-            self._open(geometry, policy, socket_file)
+            self._open(geometry, policy, socket_file, coherent)
             undo.pop_all()
 
-    def _open(self, geometry: Geometry | None, policy: str, socket_file: Path) -> None:
+    def _open(self, geometry: Geometry | None, policy: str, socket_file: Path, coherent: bool) -> None:
         if segments.exists(self.path) or geometry is None:
             self.segment = segments.open_existing(self.path)
         else:
-            self.segment = segments.create(self.path, geometry)
+            if not coherent:
+                need_instructions()
+            self.segment = segments.create(self.path, geometry, writes_back=not coherent)
+        if not coherent and not self.segment.writes_back:
+            self.segment.close()
+            raise ConfigError(f"{self.path} was made for coherent memory; `penstock rm` it first")
         self.keeper = Keeper(self.segment, self._locks, policy=policy)
         poke(self.keeper.authority.header(layout.H_KEEPER_PID), os.getpid())
         if self.mover is not None:

@@ -50,7 +50,7 @@ class MemoryOptions(msgspec.Struct, frozen=True):
     """Node to take its memory from."""
     slab: str = ""
     coherent: bool = True
-    """Whether every host that maps the memory sees the others' stores at once."""
+    """Whether every host that maps the memory sees the others' stores at once. Of a new segment."""
 
 
 def open_tier(location: str, options: Mapping[str, str], name: str) -> MemoryTier:
@@ -61,11 +61,6 @@ def open_tier(location: str, options: Mapping[str, str], name: str) -> MemoryTie
     chosen = options_of(MemoryOptions, _booleans(options), "memory")
     if not location.startswith("/"):
         raise ConfigError(f"memory:{location}: give an absolute path, such as memory:/mnt/cxl/penstock?size=64G")
-    if not chosen.coherent:
-        raise ConfigError(
-            "coherent=no: this keeper does not write back what it publishes, so that hosts without coherence would "
-            "read stale tables; use memory that is coherent on this host"
-        )
     for size in filter(None, (chosen.size, chosen.slab)):
         parse_size(size)
     if chosen.numa is not None:
@@ -74,7 +69,7 @@ def open_tier(location: str, options: Mapping[str, str], name: str) -> MemoryTie
     if not chosen.size and not path.exists():
         raise ConfigError(f"memory:{location}: there is no segment yet; give its size=")
     pool = check_name(chosen.pool) if chosen.pool else pool_name(path)
-    return MemoryTier(Serving(pool, path, chosen.size, chosen.slab, chosen.numa), name)
+    return MemoryTier(Serving(pool, path, chosen.size, chosen.slab, chosen.numa, chosen.coherent), name)
 
 
 def pool_name(path: Path) -> str:

@@ -47,12 +47,14 @@ class Serving:
     size: str
     slab: str
     numa: int | None
+    coherent: bool = True
 
     def command(self, parent: int) -> list[str]:
         words = [sys.executable, "-m", "penstock", "serve", "--name", self.pool, "--path", str(self.path)]
         words += ["--parent", str(parent)]
         words += ["--size", self.size] if self.size else []
         words += ["--slab", self.slab] if self.slab else []
+        words += [] if self.coherent else ["--no-coherent"]
         return words + (["--numa", str(self.numa)] if self.numa is not None else [])
 
 
@@ -110,6 +112,8 @@ class MemoryServer:
         try:
             segment = segments.open_existing(serving.path)
             segment.close()
+            if not serving.coherent and not segment.writes_back:
+                raise ConfigError(f"{serving.path} was made for coherent memory; `penstock rm` it for coherent=no")
             if segment.uuid == pool.uuid:
                 return pool
         except BaseException:

@@ -167,6 +167,9 @@ def _apply(shared: Shared) -> Program:
 
 
 def _publish(shared: Shared, key: int) -> Program:
+    if not shared.has("payload not written back"):
+        for line in shared.data:
+            yield write_back(line)
     if shared.has("READY before the record's fields"):
         yield put(shared.record, STATE, READY)
         yield put(shared.record, KEY, key)
@@ -187,8 +190,6 @@ def writer(shared: Shared) -> Program:
         yield load(shared.granted, unless=number)
         for line in shared.data:
             yield put(line, 0, key)
-            if not shared.has("payload not written back"):
-                yield write_back(line)
         yield kernel(shared.committed, _CHANGES[number + 1])
 
 
