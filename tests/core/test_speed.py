@@ -166,8 +166,6 @@ def test_prefill_coefficients_are_never_negative(samples: list[tuple[int, int, f
     for n, before, seconds in samples:
         meter.add(n, before, seconds)
         assert min(meter.coefficients) >= 0 and meter.estimate(100, 100) > 0
-    meter.fade()
-    assert min(meter.coefficients) >= 0
 
 
 def test_what_cannot_be_is_refused() -> None:

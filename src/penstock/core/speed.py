@@ -169,8 +169,7 @@ class SpeedMeter:
         return float(latency_s + per_byte * (n_bytes + queued_bytes))
 
     def fade(self) -> None:
-        """Call every minute or so in which the tier was not used because it seemed too slow: half way back, in orders
-        of magnitude, to what it began with. It still counts as measured."""
+        """Half way back, in orders of magnitude, to what it began with. It still counts as measured."""
         self._fit.fade()
 
 
@@ -215,7 +214,3 @@ class PrefillMeter:
         n = np.asarray(n_tokens, np.float64)
         seconds = np.where(n > 0, a + b * n + c * n * (np.asarray(before) + n / 2), 0.0)
         return float(seconds) if isinstance(n_tokens, int) else seconds
-
-    def fade(self) -> None:
-        """Half way back, in orders of magnitude, to what it began with."""
-        self._fit.fade()

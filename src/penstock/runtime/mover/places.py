@@ -20,6 +20,9 @@ __all__ = ["Places", "TierPlace", "Whereabouts"]
 
 Keys = npt.NDArray[np.uint64]
 
+_FADE_S = 60.0
+"""After so long in which engines were told an estimate and none was put to the test, it is half forgotten."""
+
 
 @dataclass(slots=True, eq=False)
 class TierPlace:
@@ -30,6 +33,8 @@ class TierPlace:
     shelf: Shelf
     meter: SpeedMeter
     lock: threading.Lock = field(default_factory=threading.Lock)
+    _told_s: float | None = None
+    """When an estimate was first given since the last sample."""
 
     @property
     def name(self) -> str:
@@ -45,7 +50,23 @@ class TierPlace:
         with self.lock:
             for n_bytes, seconds in self.shelf.samples():
                 self.meter.add(n_bytes, seconds)
+                self._told_s = None
             return self.meter
+
+    def estimate(self, n_bytes: int, queued_bytes: int, now: float) -> float:
+        """Seconds until so many bytes have come, behind so many that wait before them.
+
+        A tier that seems too slow is not used, and what is not used gives no sample that could correct it: so where
+        estimates are given for a while and nothing comes of them, the meter fades.
+        """
+        meter = self.measured()
+        with self.lock:
+            if self._told_s is None:
+                self._told_s = now
+            elif now - self._told_s >= _FADE_S:
+                meter.fade()
+                self._told_s = now
+            return meter.estimate(n_bytes, queued_bytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,4 +116,4 @@ class Places:
 
     def seconds(self, tier: int, n_bytes: int) -> float:
         """How long it would take from now to bring this much from a tier, after what already waits for it."""
-        return float(self.tiers[tier].measured().estimate(n_bytes, self.workers.waiting_bytes(tier)))
+        return self.tiers[tier].estimate(n_bytes, self.workers.waiting_bytes(tier), time.monotonic())
