@@ -31,6 +31,7 @@ from penstock.pool.below import TierLine
 from penstock.pool.layout import Geometry, plan_geometry
 from penstock.pool.wire import Connection as ControlConnection
 from penstock.pool.wire import Json, Query
+from penstock.testing import tier_blocks
 
 if TYPE_CHECKING:
     from penstock.runtime.mover.plan import MoverPlan
@@ -94,13 +95,7 @@ def chain(*seed: int, blocks: int, space: Space = SPACE) -> KeyChain:
 
 def contents(keys: npt.NDArray[np.uint64], block_bytes: int = SPACE.block_bytes) -> npt.NDArray[np.uint8]:
     """What blocks with these keys, (n, 2) words, hold in every test: (n, block_bytes) bytes, made from the keys."""
-    keys = np.ascontiguousarray(keys, np.uint64).reshape(-1, 2)
-    steps = np.arange(1, block_bytes // 8 + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
-    words = keys[:, :1] ^ (keys[:, 1:] + steps)
-    words ^= words >> np.uint64(29)
-    words *= np.uint64(0xBF58476D1CE4E5B9)
-    words ^= words >> np.uint64(32)
-    return words.view(np.uint8)
+    return tier_blocks.contents(keys, block_bytes)
 
 
 def tensors(blocks: npt.NDArray[np.uint8], space: Space = SPACE) -> TensorMap:

@@ -135,7 +135,7 @@ def test_a_session_as_long_as_a_book_does_not_end_the_keeper(keeper: Keeper) -> 
                 keys, session = chain(number, blocks=1), f"{number}" * 200_000
                 pool.store(handle, keys, tensors(contents(keys.array)), wait_s=5.0, intent=Intent(session=session))
                 with contextlib.suppress(PenstockError):
-                    connection.ask(Names({pool._digest(session): session}))
+                    connection.ask(Names({pool._intents.digest(session): session}))
             assert pool.flush(PATIENCE_S)
             assert len(keeper.ask("ls")["chains"]) == 8
             assert keeper.fsck()["blocks"] == 8

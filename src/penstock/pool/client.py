@@ -6,7 +6,6 @@ Covers match, reserve, hand-over, spaces and what happens when the keeper goes a
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -26,6 +25,7 @@ from penstock.pool.below import Below, Fetch, TierLine
 from penstock.pool.context import K_COMMITTED, K_DROP, K_RUNG, K_WRITTEN_BYTES
 from penstock.pool.grants import GrantStore
 from penstock.pool.handles import PlacedSpace, SpaceHandle, Stored
+from penstock.pool.intents import IntentWords
 from penstock.pool.layout import COMMIT_BYTES, KIND_ABORT, KIND_COMMIT, KIND_SUSPECT
 from penstock.pool.lease import Handover, Lease
 from penstock.pool.link import Link
@@ -33,7 +33,7 @@ from penstock.pool.reader import COUNT_BITS, COUNT_MASK, HEAD_BITS, HEAD_MASK, a
 from penstock.pool.removals import Removals, is_resident
 from penstock.pool.reservation import Reservation
 from penstock.pool.tensors import TensorMap
-from penstock.pool.wire import Names, SpaceIs, SpaceOf
+from penstock.pool.wire import SpaceIs, SpaceOf
 from penstock.pool.writer import RING_BIT, must_ring, publish, set_waiting, unapplied
 from penstock.types import Drop, FetchEnd, Intent, Miss, Urgency
 
@@ -50,11 +50,7 @@ _WAIT_SLICE_S = 0.1
 _GIVE_UP_SLICE_S = 0.02
 # Damaged blocks that are named in the log; further ones are only counted.
 _MAX_TOLD = 1000
-# Session and tenant names: how much of one is told for display, and how many are remembered as told.
-_MAX_NAME = 200
-_MAX_NAMES = 10_000
 
-_NO_INTENT = [0] * 5
 # By value; a lookup here costs a tenth of the enum's own.
 _MISSES = {int(miss): miss for miss in Miss}
 
@@ -76,7 +72,7 @@ class Pool:
         self._link = link
         self._grants = GrantStore(at)
         self._handles: dict[bytes, SpaceHandle] = {}
-        self._names: set[int] = set()
+        self._intents = IntentWords(link)
         self._closed = False
         # Closing, and going over to another segment: one after the other.
         self._changing = threading.RLock()
@@ -170,7 +166,7 @@ class Pool:
         at = self._at
         if at.dead is not None:
             return Fetch(self._tiers, None, 0.0, FetchEnd.NO_TIERS)
-        said = self._intent_words(intent) if intent is not None else _NO_INTENT
+        said = self._intents.of(intent)
         return self._tiers.fetch(at.uuid, handle.id, keys.array, bytes(keys.parent), deadline_s, urgency, said)
 
     def adopt(self, data: bytes) -> Lease:
@@ -319,7 +315,7 @@ class Pool:
 
     def _publish(self, reservation: Reservation, keys: KeyChain, n: int, intent: Intent | None) -> int:
         """Commit the first n slots of a reservation under the keys of a chain."""
-        said = self._intent_words(intent) if intent is not None else _NO_INTENT
+        said = self._intents.of(intent)
         words = keys.array[:n].view(np.int64)
         parents = np.concatenate([np.frombuffer(keys.parent, np.int64).reshape(1, 2), words[: n - 1]])
         return self._publish_words(reservation, words, parents, said)
@@ -333,7 +329,7 @@ class Pool:
     ) -> int:
         """Commit the first slots of a reservation, whose checksums are in place, under these keys, both (n, 2) words.
 
-        `said` is the intent as `_intent_words` makes it. Slots that find no room in the ring are kept for the next one.
+        `said` is the intent as `IntentWords` makes it. Slots that find no room in the ring are kept for the next one.
         """
         handle, at, n = reservation._handle, reservation._at, len(keys)
         rows = np.empty((n, COMMIT_BYTES // 8), np.int64)
@@ -393,26 +389,6 @@ class Pool:
             with at.lease_lock:
                 if at.dead is None:
                     at.counters()[counter] += by
-
-    def _intent_words(self, intent: Intent) -> list[int]:
-        """session, tenant, priority, ttl_ms, deadline_ms, as the ring carries them."""
-        if not -(1 << 31) <= intent.priority < 1 << 31:
-            raise ConfigError(f"priority {intent.priority} does not fit into 32 bits")
-        ttl = 0 if intent.ttl_s is None else max(1, round(intent.ttl_s * 1000))
-        deadline = 0 if intent.deadline_s is None else max(1, round(intent.deadline_s * 1000))
-        return [self._digest(intent.session), self._digest(intent.tenant), intent.priority, ttl, deadline]
-
-    def _digest(self, name: str) -> int:
-        """8 bytes that stand for a session or tenant name (0 for none); the keeper is told the name once."""
-        if not name:
-            return 0
-        digest = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little", signed=True)
-        if digest not in self._names:
-            if len(self._names) == _MAX_NAMES:
-                self._names.clear()
-            self._names.add(digest)
-            self._link.names(Names({digest: name[:_MAX_NAME]}))
-        return digest
 
     # ---- seeing inside
 
