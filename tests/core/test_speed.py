@@ -65,7 +65,7 @@ def test_samples_of_one_size_keep_the_known_proportions() -> None:
 def test_transfers_that_share_the_tier_do_not_make_it_look_slower() -> None:
     meter = disk()
     for n_at_once in (1, 2, 4, 8) * 20:
-        meter.add(16 * MIB, 1e-3 + 16 * MIB * n_at_once / 1e9, n_at_once)
+        meter.add(16 * MIB * n_at_once, 1e-3 + 16 * MIB * n_at_once / 1e9)
     assert meter.bytes_per_s == pytest.approx(1e9, rel=0.02)
 
 
@@ -127,7 +127,7 @@ def test_a_tier_that_nobody_dares_to_use_is_tried_again() -> None:
 def test_an_estimate_is_never_negative_and_grows_with_the_bytes(samples: list[tuple[int, float, int]]) -> None:
     meter = disk()
     for n_bytes, seconds, n_at_once in samples:
-        meter.add(n_bytes, seconds, n_at_once)
+        meter.add(n_bytes * n_at_once, seconds)
         times = [meter.estimate(size) for size in (0, *SIZES)]
         assert times == sorted(times) and times[0] >= 0 and np.isfinite(times).all()
         assert times[-1] > 0 and meter.bytes_per_s > 0

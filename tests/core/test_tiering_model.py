@@ -160,6 +160,8 @@ class Model:
         if not self.remembered(key):
             return
         known = self.of(key)
+        if tier not in known.below and known.flying != tier:
+            return
         known.below.discard(tier)
         known.stale |= known.flying == tier
         self.bar(key, tier)

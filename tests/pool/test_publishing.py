@@ -25,7 +25,7 @@ from penstock.pool.atomics import load, store
 from penstock.pool.layout import LINE, Geometry
 from penstock.pool.remote import Copied, RemoteReader
 from penstock.testing.pool import Site, block_bytes, chain, make_space, source
-from penstock.types import Eviction, Miss
+from penstock.types import EventKind, Eviction, Miss
 from tests.stress.mutants import compile_with
 from tests.support import unique_name
 
@@ -64,17 +64,17 @@ def no_grant(ctx: int, unit: int) -> None:
 
 @functools.cache
 def kernels(missing: str = "") -> dict[str, Any]:
-    """`apply_commits` and `grant` as they are, but for where lines go and for what is missing."""
-    names = ("write_back_block", "write_back_published", "write_back_granted")
+    """`apply_commits`, `grant` and `evict` as they are, but for where lines go and for what is missing."""
+    names = ("write_back_block", "write_back_published", "write_back_record")
     block, record, granted = compile_with("penstock.pool.publishing", {"write_back_lines": copy_lines}, *names)
     applying = {
         "write_back_block": no_block if missing == "block" else block,
         "write_back_published": no_record if missing == "record" else record,
     }
-    granting = {"write_back_granted": no_grant if missing == "grant" else granted}
+    granting = {"write_back_record": no_grant if missing == "grant" else granted}
     return {
         "apply_commits": compile_with("penstock.pool.apply", applying, "apply_commits")[0],
-        "grant": compile_with("penstock.pool.evict", granting, "grant")[0],
+        **dict(zip(("grant", "evict"), compile_with("penstock.pool.evict", granting, "grant", "evict"), strict=True)),
     }
 
 
@@ -178,6 +178,32 @@ def test_nothing_is_seen_in_a_slab_that_is_taken_from_its_class(hosts: Hosts) ->
     assert (hosts.seen_states(units) == layout.SlotState.FREE).all()
     row = SMALL.slabs_offset + slab * layout.SLAB_ROW_BYTES + layout.B_CLASS
     assert not hosts.there[row : row + 8].any()
+
+
+def test_a_block_that_stays_is_found_again(hosts: Hosts) -> None:
+    """While its leases are looked for it is leaving, which memory may come to see by itself."""
+    keys = hosts.store(1)
+    taker = hosts.site.link.keeper.authority
+    handle = hosts.site.pool.space(SPACE)
+    with hosts.site.pool.match(handle, keys) as lease:
+        assert len(lease) == 4
+        units = taker.units_of(handle.id, keys.array)
+        at = SMALL.records_offset + units.astype(np.int64) * layout.RECORD_BYTES + layout.R_STATE
+        hosts.there[at] = layout.SlotState.LEAVING
+        assert hosts.read(keys).n_blocks == 0
+        assert (taker.evict(units[::-1].copy(), Eviction.CAPACITY)["kind"] == EventKind.KEPT).all()
+    assert hosts.read(keys) == Copied(4, Miss.NONE)
+
+
+def test_half_a_space_is_not_kept(hosts: Hosts) -> None:
+    """Its row has two lines, of which memory may see the first one first."""
+    keys = hosts.store(1)
+    row = slice(SMALL.spaces_offset + LINE, SMALL.spaces_offset + 2 * LINE)
+    whole, nothing = hosts.there[row].copy(), np.zeros((0, hosts.site.pool.space(SPACE).block_bytes), np.uint8)
+    hosts.there[row] = 0
+    assert hosts.reader.read(SPACE.digest(), keys.array[:0], nothing).n_blocks == 0
+    hosts.there[row] = whole
+    assert hosts.read(keys) == Copied(4, Miss.NONE)
 
 
 def test_a_grant_is_there_before_anybody_writes_to_its_slot(hosts: Hosts) -> None:

@@ -215,6 +215,12 @@ class TransferQueue:
         lanes = self._lanes[tier]
         return sum(lanes[each].waiting_bytes for each in Urgency if urgency is None or each == urgency)
 
+    def ready_bytes(self, tier: int, urgency: Urgency) -> int:
+        """Of those, what keeps the tier busy: of a tenant that has a cap, one job."""
+        lane = self._lanes[tier][urgency]
+        flows = [lane.flows[tenant] for tenant in self._tenant_caps if tenant in lane.flows]
+        return lane.waiting_bytes - sum(job.n_bytes for flow in flows for _, _, job in flow.jobs[:-1])
+
     def running(self, tier: int) -> int:
         """How many transfers run on this tier."""
         return sum(self._busy[tier].values())

@@ -125,7 +125,7 @@ class _Fit:
 
 
 class SpeedMeter:
-    """One direction of one tier: `seconds = latency + bytes x (transfers at once) / bandwidth`.
+    """One direction of one tier: `seconds = latency + bytes on their way / bandwidth`.
 
     Until the first sample it answers with what it is given, and `measured` is False. Raises ConfigError for numbers
     that are not above 0.
@@ -155,13 +155,13 @@ class SpeedMeter:
         per_byte = float(self._fit.coefficients[1])
         return 1 / per_byte if per_byte > 0 else float("inf")
 
-    def add(self, n_bytes: int, seconds: float, n_at_once: int = 1) -> None:
-        """A transfer took so long while on average so many, itself included, shared the tier.
+    def add(self, n_bytes: float, seconds: float) -> None:
+        """A transfer took so long while so many bytes, its own among them, were on their way.
 
         One without bytes or time says nothing and is left out.
         """
         if n_bytes > 0 and seconds > 0:
-            self._fit.add(np.array([1.0, float(n_bytes) * max(1, n_at_once)]), seconds)
+            self._fit.add(np.array([1.0, float(n_bytes)]), seconds)
 
     def estimate(self, n_bytes: int, queued_bytes: int = 0) -> float:
         """Seconds until so many bytes have come, behind so many that wait before them."""

@@ -448,10 +448,14 @@ def land(t: Any, k: Any, keys: Any, stored: Any, now: Any) -> None:
 
 @kernel(f"void({TABLE}, int64, uint64[:, ::1])")
 def drop(t: Any, k: Any, keys: Any) -> None:
-    """The tier does not have these blocks any more."""
+    """The tier does not have these blocks any more; those that nobody thinks are there, or on their way, stay as they
+    are.
+    """
     for i in range(len(keys)):
         n = find(t, keys[i, 0], keys[i, 1])
         if n == 0 or has_flag(t, n, at.ROOT):
+            continue
+        if (t[at.WIDE_][n, at.BELOW] & bit_of(k)) == 0 and t[at.SLIM_][n, at.FLYING] != k + 1:
             continue
         t[at.TOTALS_][at.DROPPED] += 1
         _have_not(t, k, n)

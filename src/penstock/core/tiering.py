@@ -192,7 +192,8 @@ class Tiering:
         self._land(tier, units, generations, keys, False)
 
     def gone(self, tier: int, keys: Keys) -> None:
-        """The tier dropped or lost these blocks. A write of one that is in flight will not be believed."""
+        """The tier dropped or lost these blocks, those of them that it is thought to have. A write of one that is in
+        flight will not be believed."""
         steps.drop(self._all, self._checked(tier), _words(keys))
 
     def set_up(self, tier: int, up: bool) -> None:

@@ -382,8 +382,9 @@ class Authority:
             (layout.S_CLASS, row.slot_class),
         ):
             poke(address + offset, value)
+        self._written(address, layout.SPACE_BYTES)  # all of it, before any of it counts
         poke(address + layout.S_STATE, 1)
-        self._written(address, layout.SPACE_BYTES)
+        self._written(address, layout.LINE)
 
     def _read_spaces(self) -> None:
         self.spaces = {row.digest: row for row in read_spaces(self.mapping.array, self.geometry)}

@@ -233,8 +233,10 @@ class Fetch:
         return -1 if self._connection is None else self._connection.fileno()
 
     def poll(self) -> bool:
-        """Take in what there is to hear, without waiting. True when it ended."""
-        return self._listen(0.0)
+        """Take in all there is to hear, without waiting. True when it ended."""
+        while not self.done and self._listen(0.0):
+            pass
+        return self.done
 
     def wait(self, timeout_s: float | None = None) -> FetchEnd:
         """Wait until it ends: at its deadline at the latest, or after `timeout_s` (then `done` is False)."""
@@ -253,8 +255,9 @@ class Fetch:
         self._end(FetchEnd.CANCELLED)
 
     def _listen(self, timeout_s: float) -> bool:
+        """Take in one answer; False where none came in time."""
         if self._answers is None:
-            return True
+            return False
         try:
             answer = self._answers.next(time.monotonic() + timeout_s)
         except (TimeoutError, BlockingIOError):
@@ -268,7 +271,7 @@ class Fetch:
             self._ended(answer)
         else:
             self._end(FetchEnd.NO_TIERS)
-        return self.done
+        return True
 
     def _ended(self, answer: Ended) -> None:
         self.arrived, self.moved, self.tier = answer.n, answer.moved, answer.tier

@@ -60,7 +60,7 @@ from penstock.pool.layout import (
     SlotState,
 )
 from penstock.pool.lookup import LOW32
-from penstock.pool.publishing import write_back_granted
+from penstock.pool.publishing import write_back_record
 from penstock.types import EventKind, Eviction
 
 GRANTED, LEAVING = int(SlotState.GRANTED), int(SlotState.LEAVING)
@@ -96,7 +96,7 @@ def grant(ctx: int, lane_index: int, slot_class: int, n: int) -> int:
         store(record + R_EPOCH, load(lane + L_EPOCH))
         store(record + R_STAMP, head + i)
         store_release(record + R_STATE, GRANTED | lane_index << 8)
-        write_back_granted(ctx, unit)
+        write_back_record(ctx, unit)
         store(load(ctx + Y_HOLDER) + 8 * unit, lane_index + 1)
         add(load(ctx + Y_SLAB_USED) + 8 * (unit // load(ctx + Y_UNITS_PER_SLAB)), 1)
         entry = ring + ((head + i) & mask) * GRANT_BYTES
@@ -172,6 +172,7 @@ def evict(
                 marks[parent] = HELD
             cell = record + R_STATE
             store_release(cell, (load(cell) & ~0xFF) | READY)
+            write_back_record(ctx, unit)  # memory may have seen that it was leaving
         else:
             if why != _DUPLICATE:
                 _write_removal(ctx, removed, record, why)

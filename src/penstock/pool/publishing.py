@@ -24,7 +24,7 @@ from penstock.pool.keeper_context import (
 from penstock.pool.layout import B_SLOTS, B_STRIDE, B_TABLE, BUCKET_BYTES, RECORD_BYTES, SLAB_ROW_BYTES
 from penstock.pool.slots import slot_number
 
-__all__ = ["write_back_block", "write_back_granted", "write_back_published"]
+__all__ = ["write_back_block", "write_back_published", "write_back_record"]
 
 
 @inline_kernel
@@ -56,8 +56,10 @@ def write_back_published(ctx: int, unit: int, lo: int, hi: int) -> None:
 
 
 @inline_kernel
-def write_back_granted(ctx: int, unit: int) -> None:
-    """A record that says GRANTED, before anybody may write to its slot: a reader's second look sees that it changed."""
+def write_back_record(ctx: int, unit: int) -> None:
+    """A record alone. One that says GRANTED before anybody may write to its slot: a reader's second look sees that it
+    changed. One of a block that was to leave and stays.
+    """
     if load(ctx + Y_WRITES_BACK) != 0:
         write_back_lines(load(ctx + Y_RECORDS) + unit * RECORD_BYTES, RECORD_BYTES)
         fence_written()

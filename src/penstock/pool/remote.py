@@ -32,7 +32,7 @@ from penstock.pool.copies import verify
 from penstock.pool.layout import SPACE_BYTES
 from penstock.pool.remote_copy import copy_out
 from penstock.pool.segment import Segment
-from penstock.pool.spaces import SpaceRow, read_spaces
+from penstock.pool.spaces import SpaceRow, read_space, read_spaces
 from penstock.types import Miss
 
 __all__ = ["Copied", "RemoteReader"]
@@ -96,8 +96,9 @@ class RemoteReader:
         if known is not None:
             at = geometry.spaces_offset + known.id * SPACE_BYTES
             invalidate(self._mapping.address + at, SPACE_BYTES)
-            if self._mapping.array[at + 8 : at + 40].tobytes() == digest:
-                return known
+            row = read_space(self._mapping.array, geometry, known.id)
+            if row is not None and row.digest == digest:
+                return row
         invalidate(self._mapping.address + geometry.spaces_offset, geometry.max_spaces * SPACE_BYTES)
         self._spaces = {row.digest: row for row in read_spaces(self._mapping.array, geometry)}
         return self._spaces.get(digest)

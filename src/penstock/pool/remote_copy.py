@@ -96,6 +96,7 @@ def _place(ctx: int, unit: int, length: int, table_bytes: int) -> tuple[int, int
 @inline_kernel
 def _unchanged(record: int, lo: int, hi: int, generation: int) -> bool:
     """Whether, after all that was loaded before, the record still holds the key under this generation."""
+    fence_dropped()  # a drop may overtake loads ahead of it
     _drop(record, LINE)
     return ready_generation(record, lo, hi) == generation
 

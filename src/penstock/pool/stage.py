@@ -16,6 +16,7 @@ import numpy.typing as npt
 from penstock.errors import PoolClosed
 from penstock.pool.client import Pool
 from penstock.pool.handles import PlacedSpace
+from penstock.pool.layout import plan_slots
 from penstock.pool.lease import Lease
 from penstock.pool.reader import COUNT_BITS, COUNT_MASK, HEAD_BITS, HEAD_MASK, adopt, match
 from penstock.pool.records import RECORD_COLUMNS, read_records
@@ -102,6 +103,11 @@ class Stage:
             known.number(SpaceIs(row.id, row.slot_class))
             self._spaces[number] = known
         return known
+
+    def slot_share(self, space: PlacedSpace) -> int:
+        """What a block of this space takes of the pool, with its share of what is left over in a slab, in bytes."""
+        geometry = self._at.geometry
+        return geometry.slab_bytes // plan_slots(geometry, space.block_bytes, space.n_segments).slots_per_slab
 
     # ---- what is there
 

@@ -73,19 +73,30 @@ class Claims:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._taken: set[bytes] = set()
+        self._taken: dict[bytes, Transfer | None] = {}
 
     def take(self, keys: list[bytes]) -> int:
         """Claim these keys up to the first that another has; returns how many."""
         with self._changed:
             n = next((i for i, key in enumerate(keys) if key in self._taken), len(keys))
-            self._taken.update(keys[:n])
+            self._taken.update(dict.fromkeys(keys[:n]))
             return n
+
+    def carried(self, keys: list[bytes], transfer: Transfer) -> None:
+        """This transfer brings them, if nobody gave them up meanwhile."""
+        with self._changed:
+            self._taken.update((key, transfer) for key in keys if key in self._taken)
+
+    def carrier(self, key: bytes) -> Transfer | None:
+        """What brings this key, as far as it is known."""
+        with self._changed:
+            return self._taken.get(key)
 
     def drop(self, keys: list[bytes]) -> None:
         """They arrived, or are given up."""
         with self._changed:
-            self._taken.difference_update(keys)
+            for key in keys:
+                self._taken.pop(key, None)
             self._changed.notify_all()
 
     def wait(self, key: bytes, timeout_s: float) -> None:
@@ -115,12 +126,20 @@ class _Piece:
 
 
 class Fetcher:
-    """Runs fetches, each in its caller's thread."""
+    """Runs fetches, each in its caller's thread.
 
-    def __init__(self, stage: Stage, places: Places, claims: Claims) -> None:
+    `brings(tier, keys)` is called before blocks of that tier are committed, `lacks(tier, keys)` for blocks that it was
+    asked for and does not have, or not as they were written.
+    """
+
+    def __init__(
+        self, stage: Stage, places: Places, claims: Claims, brings: Callable[[int, Keys], None],
+        lacks: Callable[[int, Keys], None],
+    ) -> None:  # fmt: skip
         self._stage = stage
         self._places = places
         self._claims = claims
+        self._brings, self._lacks = brings, lacks
 
     def here(self, space: PlacedSpace, keys: Keys) -> int:
         """How many blocks, from the first, are in the pool."""
@@ -132,7 +151,8 @@ class Fetcher:
 
         `tell(n)` is called when the first n blocks are in the pool; `gone()` says that nobody waits any more.
         """
-        return _Run(self._stage, self._places, self._claims, order, tell, gone, self.here).run()
+        run = _Run(self._stage, self._places, self._claims, order, tell, gone, self.here, self._brings, self._lacks)
+        return run.run()
 
 
 class _Run:
@@ -140,8 +160,10 @@ class _Run:
 
     def __init__(
         self, stage: Stage, places: Places, claims: Claims, order: FetchOrder, tell: Callable[[int], None],
-        gone: Callable[[], bool], here: Callable[[PlacedSpace, Keys], int],
+        gone: Callable[[], bool], here: Callable[[PlacedSpace, Keys], int], brings: Callable[[int, Keys], None],
+        lacks: Callable[[int, Keys], None],
     ) -> None:  # fmt: skip
+        self._brings, self._lacks = brings, lacks
         self._stage, self._places, self._claims, self._order = stage, places, claims, order
         self._tell, self._gone, self._here = tell, gone, here
         self._space = as_tiers_know_it(order.space)
@@ -190,6 +212,8 @@ class _Run:
     def _locate(self) -> None:
         keys = self._order.keys[self._at :]
         found = self._places.where(self._space, keys, self._order.deadline, self._avoid)
+        for tier, lacking in found.lacking:
+            self._lacks(tier, lacking)
         self._where, self._silent = found.tiers, found.silent
         self._where_from, self._narrowed = self._at, bool(self._avoid)
 
@@ -280,6 +304,7 @@ class _Run:
         piece.transfer = self._places.workers.submit(
             tier.number, order.urgency, order.said[1] & _U64, n * self._space.block_bytes, order.deadline, read
         )
+        self._claims.carried(claimed, piece.transfer)
         self._pieces.append(piece)
 
     def _came_back(self, piece: _Piece, got: npt.NDArray[np.uint8]) -> None:
@@ -318,6 +343,9 @@ class _Run:
         if got is None:
             got = np.full(len(piece), Got.FAILED, np.uint8)
         self._pieces.popleft()
+        lacking = (got == Got.ABSENT) | (got == Got.DAMAGED)
+        if lacking.any():
+            self._lacks(piece.tier.number, np.ascontiguousarray(piece.batch.keys[lacking]))
         bad = got != Got.GOOD
         n = int(bad.argmax()) if bad.any() else len(piece)
         arrived = self._commit(piece, n)
@@ -347,6 +375,8 @@ class _Run:
         order, first = self._order, piece.first
         units, generations = self._stage.slots(piece.reservation)
         batch = piece.batch.part(0, n)
+        if not piece.tier.local:  # what those of this machine hold is asked of them
+            self._brings(piece.tier.number, batch.keys)
         try:
             self._stage.commit(piece.reservation, batch.keys, batch.parents, batch.roots, order.said)
             self._stage.pool.flush(self._left())
@@ -381,6 +411,9 @@ class _Run:
 
     def _await_other(self, key: bytes) -> None:
         """Another fetch brings the next block: wait for it, then see what is there."""
+        carrier = self._claims.carrier(key)
+        if carrier is not None and self._order.urgency == Urgency.FETCH:
+            self._places.workers.hurry(carrier)
         while not self._over():
             self._claims.wait(key, min(_WAIT_S, self._left()))
             if self._claims.take([key]):

@@ -57,6 +57,24 @@ class LateTier(Tier):
                 self._opening.release()
         return self._tier
 
+    def open_if_possible(self) -> None:
+        """Open it, or leave that for later. Raises ConfigError for settings that can never be used."""
+        try:
+            self.open()
+        except ConfigError:
+            raise
+        except TierError as error:
+            log.warning("tier %s is not there yet: %s", self.name, error)
+        except Exception as error:  # the boundary to code that may be anybody's
+            log.debug("where", exc_info=True)
+            log.warning("tier %s is not there yet: %s", self.name, self._defect(error))
+
+    def _defect(self, error: Exception) -> TierUnavailable:
+        """What a tier may not raise. The text of it may hold secrets."""
+        self._defects += 1
+        log.error("tier %s failed with %s, which no tier may raise", self.name, type(error).__name__)
+        return TierUnavailable(f"{self.name} failed with {type(error).__name__}, which no tier may raise")
+
     @contextmanager
     def _opened(self) -> Iterator[Tier]:
         try:
@@ -66,11 +84,8 @@ class LateTier(Tier):
         except ConfigError as error:  # it could be opened with these settings once; what is there has changed
             raise TierUnavailable(str(error)) from error
         except Exception as error:
-            # The boundary to code that may be anybody's. The text of what it raised may hold secrets.
-            self._defects += 1
-            log.error("tier %s failed with %s, which no tier may raise", self.name, type(error).__name__)
             log.debug("where", exc_info=True)
-            raise TierUnavailable(f"{self.name} failed with {type(error).__name__}, which no tier may raise") from None
+            raise self._defect(error) from None
 
     def holds(self, space: BlockSpace, keys: Keys, deadline: float) -> npt.NDArray[np.bool_]:
         with self._opened() as tier:

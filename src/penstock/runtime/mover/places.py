@@ -77,6 +77,8 @@ class Whereabouts:
     """(n,): which tier has each; -1 for none that answered."""
     silent: str
     """A tier that could not be asked and may have what the others do not; "" if all answered."""
+    lacking: tuple[tuple[int, Keys], ...] = ()
+    """Tiers on other machines, and the blocks that each was asked for and does not have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,20 +101,23 @@ class Places:
         found = np.full(len(keys), -1, np.int64)
         usable = self.usable()
         silent = [tier for tier in self.tiers if tier not in usable and tier.number not in without]
-        for tier in sorted(usable, key=lambda each: not each.local):
+        asked = sorted((tier for tier in usable if tier.number not in without), key=lambda each: not each.local)
+        lacking: list[tuple[int, Keys]] = []
+        for position, tier in enumerate(asked):
             missing = np.flatnonzero(found < 0)
             if not len(missing):
                 break
-            if tier.number in without:
-                continue
-            until = min(deadline, time.monotonic() + tier.config.timeout_s)
+            now = time.monotonic()
+            until = now + min(tier.config.timeout_s, (deadline - now) / (len(asked) - position))
             try:
                 holds = tier.shelf.holds(space, np.ascontiguousarray(keys[missing]), until)
             except TierError:
                 silent.append(tier)
                 continue
             found[missing[holds]] = tier.number
-        return Whereabouts(found, silent[0].name if silent else "")
+            if not tier.local and not holds.all():
+                lacking.append((tier.number, np.ascontiguousarray(keys[missing[~holds]])))
+        return Whereabouts(found, silent[0].name if silent else "", tuple(lacking))
 
     def seconds(self, tier: int, n_bytes: int) -> float:
         """How long it would take from now to bring this much from a tier, after what already waits for it."""

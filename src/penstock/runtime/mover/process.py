@@ -15,10 +15,12 @@ import threading
 import time
 
 import msgspec
+import numpy as np
+import numpy.typing as npt
 
 from penstock.core.speed import SpeedMeter
 from penstock.core.tiering import Tiering, TierRule
-from penstock.errors import ConfigError, NoKeeper, TierError
+from penstock.errors import ConfigError, NoKeeper
 from penstock.pool.client import Pool
 from penstock.pool.stage import Stage
 from penstock.pool.tier_wire import tier_socket
@@ -57,7 +59,7 @@ class Mover:
         configs = [parse_tier(address) for address in plan.tiers]
         self._late = [LateTier(config) for config in configs]
         for tier in self._late:
-            _open_if_possible(tier)
+            tier.open_if_possible()
         workers = Workers(
             [_PLACES_LOCAL if tier.local else _PLACES_FAR for tier in self._late],
             caps={i: config.cap_bytes_s for i, config in enumerate(configs) if config.cap_bytes_s},
@@ -73,11 +75,15 @@ class Mover:
         self.lock = threading.Lock()
         rules = [TierRule(config.name, config.write) for config in configs]
         self.tiering = Tiering(stage.n_units, rules, replicas=_replicas(plan))
-        self.fetcher = Fetcher(stage, self.places, Claims())
         writer = Writer(stage, self.places, self.tiering, self.lock)
         self.watch = Watch(stage, self.places, feed, self.tiering, writer, self.lock)
+        self.fetcher = Fetcher(stage, self.places, Claims(), self.watch.brings, self._lacks)
         path = tier_socket(name, create=True)
         self.service = Service(path, stage, self.places, self.fetcher, lambda: report(self))
+
+    def _lacks(self, tier: int, keys: npt.NDArray[np.uint64]) -> None:
+        with self.lock:
+            self.tiering.gone(tier, keys)
 
     def run(self) -> None:
         """Until the keeper is gone or `stop`."""
@@ -89,13 +95,6 @@ class Mover:
         self.places.workers.stop()
         for tier in self._late:
             tier.close()
-
-
-def _open_if_possible(tier: LateTier) -> None:
-    try:
-        tier.open()
-    except TierError as error:
-        log.warning("tier %s is not there yet: %s", tier.name, error)
 
 
 def _replicas(plan: MoverPlan) -> dict[int, int]:

@@ -42,7 +42,9 @@ FETCHES_AT_ONCE = 16
 FETCHES_WAITING = 256
 """Fetches beyond those that run; a further one is told BUSY."""
 _PREFETCHES_AT_ONCE = 4
-"""They have threads of their own: nobody waits for them, so that one may wait long, and then no fetch waits for it."""
+PREFETCHES_WAITING = 128
+"""They have threads and places of their own: nobody waits for them, so that one may wait long, and then no fetch waits
+for it."""
 _LOCATES_AT_ONCE = 4
 _MAX_CONNECTIONS = 1024
 _OTHER_FDS = 256
@@ -108,7 +110,8 @@ class Service:
         self._reporting = ThreadPoolExecutor(1, "penstock-report")
         self._stopping = False
         self._count_lock = threading.Lock()
-        self._running = 0
+        self._running = {False: 0, True: 0}
+        """Fetches, and prefetches."""
         ends = (f"ended.{end.name.lower()}" for end in FetchEnd)
         names = ["asked", "located", "refused_connections", "refused_questions", "blocks", "failed", *ends]
         self._counters = dict.fromkeys(names, 0)
@@ -116,7 +119,7 @@ class Service:
     def counters(self) -> dict[str, int]:
         """Fetches by how they ended, blocks they brought, questions answered."""
         with self._count_lock:
-            return {**self._counters, "running": self._running}
+            return {**self._counters, "running": sum(self._running.values())}
 
     # ---- the loop
 
@@ -197,15 +200,17 @@ class Service:
 
     def _take_fetch(self, guest: _Guest, message: FetchOf) -> None:
         self._count("asked")
+        prefetch = message.urgency == Urgency.PREFETCH
+        most = _PREFETCHES_AT_ONCE + PREFETCHES_WAITING if prefetch else FETCHES_AT_ONCE + FETCHES_WAITING
         with self._count_lock:
-            busy = self._running >= FETCHES_AT_ONCE + FETCHES_WAITING
-            self._running += not busy
+            busy = self._running[prefetch] >= most
+            self._running[prefetch] += not busy
         if busy:
             self._count("ended.busy")
             self._answer(guest, Ended(0, FetchEnd.BUSY, 0, ""))
             return
         deadline = time.monotonic() + _seconds(message.wait_s, _MAX_WAIT_S)
-        threads = self._prefetching if message.urgency == Urgency.PREFETCH else self._fetching
+        threads = self._prefetching if prefetch else self._fetching
         threads.submit(self._guarded, guest, lambda: self._fetch(guest, message, deadline))
 
     def _guarded(self, guest: _Guest, work: Callable[[], msgspec.Struct]) -> None:
@@ -230,7 +235,7 @@ class Service:
             ended = self._run(guest, message, deadline)
         finally:
             with self._count_lock:
-                self._running -= 1
+                self._running[message.urgency == Urgency.PREFETCH] -= 1
         self._count_outcome(ended)
         return Ended(ended.n, ended.why, ended.moved, ended.tier)
 

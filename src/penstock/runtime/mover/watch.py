@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import threading
@@ -13,7 +14,9 @@ import numpy.typing as npt
 
 from penstock.core.tiering import Tiering, tier_event_dtype
 from penstock.errors import TierError
+from penstock.pool.handles import PlacedSpace
 from penstock.pool.stage import Stage
+from penstock.runtime.mover.audit import Audit
 from penstock.runtime.mover.feed import GAP, FeedReader
 from penstock.runtime.mover.places import Places
 from penstock.runtime.mover.spaces import as_tiers_know_it
@@ -30,8 +33,8 @@ IDLE_S = 0.5
 ORDER_BLOCKS = 512
 WAITING_BYTES = 64 << 20
 """Write-backs that wait for a tier; beyond, blocks are left where they are until it has caught up."""
-AUDIT_UNITS = 4096
-"""Blocks a second, about, whose copies in local tiers are looked after: a tier drops what it has no room for."""
+BROUGHT = 65536
+"""Blocks that a fetch brought and whose commits were not seen yet."""
 
 
 class Watch:
@@ -43,12 +46,13 @@ class Watch:
         self._stage, self._places, self._feed = stage, places, feed
         self._tiering, self._writer, self._lock = tiering, writer, lock
         self._sizes = np.zeros(stage.n_units, np.int64)
+        """What each block takes of the pool, with its share of what is left over in its slab; 0 where none is."""
         self._generations = np.zeros(stage.n_units, np.int64)
         self._classes: set[int] = set()
         self._roots: set[bytes] = set()
         self._resident_bytes = 0
-        self._audited = 0
-        self._next_audit = 0.0
+        self._brought: dict[bytes, int] = {}
+        self._audit = Audit(stage, places, tiering, lock)
         self.looks = 0
         """How often the feed was looked at, with all that follows from it."""
         self.gaps = 0
@@ -60,7 +64,7 @@ class Watch:
             while (rows := self._feed.take()) is not None:
                 self._take_in(rows)
                 self._order()
-                self._audit()
+                self._audit.look(self._sizes > 0)
                 self.looks += 1
                 if len(rows):
                     time.sleep(PAUSE_S)
@@ -90,6 +94,7 @@ class Watch:
 
     def _tell(self, kinds: npt.NDArray[np.uint32], units: npt.NDArray[np.int64]) -> None:
         """Pass events on, runs of one kind at a time, so that sizes can be counted along."""
+        kinds, units = _without_overwritten(kinds, units)
         bounds = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
         for first, stop in itertools.pairwise(bounds):
             if stop == first:
@@ -121,7 +126,7 @@ class Watch:
         events["key"], events["parent"] = records.keys, records.parents
         events["generation"], events["space"] = records.generations, records.spaces
         events["priority"], events["tenant"] = records.priorities, records.tenants.view(np.uint64)
-        known = np.ones(len(events), bool)
+        known, sizes = np.ones(len(events), bool), np.zeros(len(events), np.int64)
         for number in np.unique(records.spaces):
             chosen = records.spaces == number
             space = self._stage.space(int(number))
@@ -130,13 +135,14 @@ class Watch:
                 continue
             self._add_root(space.root)
             events["slot_class"][chosen], events["block_bytes"][chosen] = space.slot_class, space.block_bytes
-            events["below"][chosen] = self._below(number, records.keys[chosen])
-        events = events[known]
+            events["below"][chosen] = self._known_below(space, records.keys[chosen])
+            sizes[chosen] = self._stage.slot_share(space)
+        events, sizes = events[known], sizes[known]
         self._left(events["unit"].astype(np.int64))
-        self._sizes[events["unit"]] = events["block_bytes"]
+        self._sizes[events["unit"]] = sizes
         self._generations[events["unit"]] = events["generation"]
         self._classes.update(np.unique(events["slot_class"]).tolist())
-        self._resident_bytes += int(events["block_bytes"].sum())
+        self._resident_bytes += int(sizes.sum())
         self._observe(events)
 
     def _add_root(self, root: bytes) -> None:
@@ -146,18 +152,26 @@ class Watch:
             with self._lock:
                 self._tiering.add_root(root)
 
-    def _below(self, number: int, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
-        """Which tiers of this machine have these blocks already, a bit for each."""
-        bits = np.zeros(len(keys), np.uint64)
-        space = self._stage.space(int(number))
+    def _known_below(self, space: PlacedSpace, keys: npt.NDArray[np.uint64]) -> npt.NDArray[np.uint64]:
+        """Which tiers have these blocks already, a bit for each: those of this machine say it without I/O, and what
+        was just brought up from another is there."""
+        bits = np.array([self._brought.pop(key.tobytes(), 0) for key in keys], np.uint64)
         for tier in self._places.usable():
-            if tier.local and space is not None:
+            if tier.local:
                 try:
                     holds = tier.shelf.holds(as_tiers_know_it(space), np.ascontiguousarray(keys), time.monotonic() + 1)
                 except TierError:
                     continue
                 bits[holds] |= np.uint64(1 << tier.number)
         return bits
+
+    def brings(self, tier: int, keys: npt.NDArray[np.uint64]) -> None:
+        """These blocks come from that tier, and will be committed. From any thread."""
+        for key in keys:
+            self._brought[key.tobytes()] = 1 << tier
+        while len(self._brought) > BROUGHT:
+            with contextlib.suppress(KeyError, RuntimeError):  # others take out of it, too
+                del self._brought[next(iter(self._brought))]
 
     def _observe(self, events: npt.NDArray[np.void]) -> None:
         if len(events):
@@ -168,42 +182,36 @@ class Watch:
 
     def _order(self) -> None:
         free = 1.0 - self._resident_bytes / self._stage.data_bytes
+        workers = self._places.workers
         usable = {tier.number for tier in self._places.usable()}
+        hanging = {tier.number for tier in self._places.tiers if workers.stuck(tier.number, Urgency.WRITE_BACK)}
+        for number in hanging:
+            self._writer.give_up(number)
         with self._lock:
             for slot_class in self._classes:
                 self._tiering.room(slot_class, max(0.0, free))
             for tier in self._places.tiers:
                 # One that has enough to do gets nothing new for now, like one that is down.
-                self._tiering.set_up(tier.number, tier.number in usable and self._has_room(tier.number))
+                n_bytes = workers.ready_bytes(tier.number, Urgency.WRITE_BACK)
+                up = tier.number in usable - hanging and n_bytes < WAITING_BYTES
+                self._tiering.set_up(tier.number, up)
             orders = self._tiering.orders(_now_ms(), ORDER_BLOCKS)
         for order in orders:
             self._writer.submit(order)
 
-    def _has_room(self, tier: int) -> bool:
-        return self._places.workers.waiting_bytes(tier, Urgency.WRITE_BACK) < WAITING_BYTES
 
-    def _audit(self) -> None:
-        """Look whether local tiers still have what they are believed to have; a part of all blocks at a time."""
-        now = time.monotonic()
-        if now < self._next_audit:
-            return
-        self._next_audit = now + 1.0
-        stop = min(self._audited + AUDIT_UNITS, self._stage.n_units)
-        units = np.arange(self._audited, stop)[self._sizes[self._audited : stop] > 0]
-        self._audited = 0 if stop >= self._stage.n_units else stop
-        records = self._stage.records(units)
-        with self._lock:
-            believed = self._tiering.below(units[records.index])
-        for number in np.unique(records.spaces):
-            chosen = records.spaces == number
-            keys, bits = records.keys[chosen], believed[chosen]
-            really = self._below(int(number), keys)
-            for tier in self._places.usable():
-                bit = np.uint64(1 << tier.number)
-                lost = (bits & bit != 0) & (really & bit == 0)
-                if tier.local and lost.any():
-                    with self._lock:
-                        self._tiering.gone(tier.number, np.ascontiguousarray(keys[lost]))
+def _without_overwritten(
+    kinds: npt.NDArray[np.uint32], units: npt.NDArray[np.int64]
+) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """Leave out a commit whose slot was committed to again later on: its record is gone, and what stands there now
+    would be told twice, as if it had been used twice."""
+    commits = np.flatnonzero(kinds == EventKind.COMMITTED)
+    _, last = np.unique(units[commits][::-1], return_index=True)
+    overwritten = np.ones(len(commits), bool)
+    overwritten[len(commits) - 1 - last] = False
+    keep = np.ones(len(kinds), bool)
+    keep[commits[overwritten]] = False
+    return kinds[keep], units[keep]
 
 
 def _now_ms() -> int:

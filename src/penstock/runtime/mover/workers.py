@@ -2,7 +2,8 @@
 
 A transfer that hangs in a device or a library cannot be interrupted: it keeps its thread and its place, and what it was
 given to write into stays reserved until it comes back. Others go on with the remaining threads; a tier all of whose
-threads hang is `stuck`, and nothing is asked of it until one comes back.
+threads hang is `stuck`, and nothing is asked of it until one comes back. One thread is kept for fetches: for all else a
+tier is stuck when the others hang.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
 from penstock.core.queue import Job, TransferQueue
 from penstock.types import Urgency
@@ -81,12 +83,16 @@ class Workers:
         transfer._finished.set()
         return True
 
-    def stuck(self, tier: int) -> bool:
-        """Whether every thread of the tier has been in one and the same call for long."""
+    def stuck(self, tier: int, urgency: Urgency = Urgency.FETCH) -> bool:
+        """Whether every thread of the tier that may do such work has been in one and the same call for long."""
         before = time.monotonic() - STUCK_S
         with self._changed:
-            running = [each for each in self._running.values() if each.job.tier == tier]
-        return len(running) >= self._places[tier] and all(each.started_s < before for each in running)
+            hanging = [each.job for each in self._running.values() if each.job.tier == tier and each.started_s < before]
+        places = self._places[tier]
+        if len(hanging) >= places:
+            return True
+        others = sum(job.urgency != Urgency.FETCH for job in hanging)
+        return urgency != Urgency.FETCH and others >= max(1, places - 1)
 
     def hanging(self, tier: int) -> int:
         """Transfers that have been running for so long that they may never end."""
@@ -106,6 +112,20 @@ class Workers:
         """Bytes of transfers that have not started."""
         with self._changed:
             return self._queue.waiting_bytes(tier, urgency)
+
+    def ready_bytes(self, tier: int, urgency: Urgency) -> int:
+        """Of those, what is not held back by a tenant's cap."""
+        with self._changed:
+            return self._queue.ready_bytes(tier, urgency)
+
+    def hurry(self, transfer: Transfer) -> None:
+        """Somebody waits for it now: as urgent as a fetch, if it has not started."""
+        with self._changed:
+            job = transfer.job
+            if job.urgency != Urgency.FETCH and self._queue.cancel(job.id):
+                transfer.job = replace(job, urgency=Urgency.FETCH)
+                self._queue.put(transfer.job)
+                self._changed.notify_all()
 
     def running(self, tier: int) -> int:
         """Transfers that run now."""

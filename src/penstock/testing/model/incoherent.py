@@ -37,6 +37,8 @@ class Shape:
     halves: int = 1
     """Lines of a payload."""
     keeper_deaths: int = 0
+    keeps: bool = False
+    """A block that is to leave turns out to be leased, and stays; the reader is told of that."""
 
 
 class Shared:
@@ -60,7 +62,8 @@ class Shared:
         self.committed = model.cell("COMMIT_HEAD")
         self.applied = model.cell("COMMIT_TAIL")
         self.told = model.cell("told")
-        self.evictions_left = model.cell("evictions left", 1 if shape.first else 0)
+        self.evictions_left = model.cell("evictions left", int(bool(shape.first) and not shape.keeps))
+        self.keeps_left = model.cell("keeps left", int(shape.keeps))
 
     def has(self, missing: str) -> bool:
         return missing in self.missing
@@ -94,6 +97,8 @@ def keeper(shared: Shared) -> Program:
             yield from _apply(shared)
         elif action == "evict":
             yield from _evict(shared)
+        elif action == "keep":
+            yield from _keep(shared)
         else:
             yield from _grant(shared)
         del options, action
@@ -125,6 +130,9 @@ def _options(shared: Shared) -> Program:
     options: tuple[Option, ...] = (Option("apply", shared.committed, tuple(range(applied + 1))),)
     if line.cache[STATE] == READY and left:
         options += (Option("evict"),)
+    keeps = yield own(shared.keeps_left)
+    if line.cache[STATE] == READY and keeps:
+        options += (Option("keep"),)
     if line.cache[STATE] == FREE:
         options += (Option("grant", shared.want, tuple(range(granted + 1))),)
     return options
@@ -139,6 +147,16 @@ def _evict(shared: Shared) -> Program:
     del line
     yield put(shared.directory, key, 0)
     yield put(shared.record, STATE, FREE)
+
+
+def _keep(shared: Shared) -> Program:
+    """LEAVING, somebody leases it, READY again. Memory may have seen the first and not the second."""
+    yield kernel(shared.keeps_left, _set_to_0)
+    yield put(shared.record, STATE, LEAVING)
+    yield put(shared.record, STATE, READY)
+    if not shared.has("record not written back when it stays"):
+        yield write_back(shared.record)
+    yield kernel(shared.told, _set_to_1)
 
 
 def _grant(shared: Shared) -> Program:
@@ -250,9 +268,10 @@ SCENARIOS: dict[str, Shape] = {
     "incoherent: the block comes while it is looked for": Shape(first=1, writes=(2,), reads=2, keeper_deaths=1),
     "incoherent: payloads of two lines": Shape(first=1, writes=(2,), halves=2),
     "incoherent: the reader is told": Shape(writes=(1,), told=True, keeper_deaths=1),
+    "incoherent: the block stays": Shape(first=1, keeps=True, told=True, keeper_deaths=2),
 }
 
-_LEAVES, _COMES, _LINES, _TOLD = SCENARIOS
+_LEAVES, _COMES, _LINES, _TOLD, _STAYS = SCENARIOS
 MUTATIONS = (
     Loss("payload not written back", _COMES),
     Loss("record not written back before the grant", _LEAVES),
@@ -263,6 +282,7 @@ MUTATIONS = (
     Loss("record not written back after READY", _TOLD),
     Loss("directory not written back", _TOLD),
     Loss("recovery writes nothing back", _TOLD),
+    Loss("record not written back when it stays", _STAYS),
     Loss("directory not invalidated", _TOLD),
     Loss("record not invalidated before the copy", _TOLD),
 )
