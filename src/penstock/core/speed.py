@@ -125,7 +125,7 @@ class _Fit:
 
 
 class SpeedMeter:
-    """One direction of one tier: `seconds = latency + bytes on their way / bandwidth`.
+    """One direction of one tier: `seconds = latency + bytes that came / bandwidth`.
 
     Until the first sample it answers with what it is given, and `measured` is False. Raises ConfigError for numbers
     that are not above 0.
@@ -155,8 +155,8 @@ class SpeedMeter:
         per_byte = float(self._fit.coefficients[1])
         return 1 / per_byte if per_byte > 0 else float("inf")
 
-    def add(self, n_bytes: float, seconds: float) -> None:
-        """A transfer took so long while so many bytes, its own among them, were on their way.
+    def add(self, n_bytes: int, seconds: float) -> None:
+        """A transfer took so long, in which so many bytes came, its own and those of others.
 
         One without bytes or time says nothing and is left out.
         """

@@ -62,8 +62,8 @@ class Shelf:
         self._lock = threading.Lock()
         self._health = _Health(tier.name, clock)
         self._counts = Counter(dict.fromkeys(COUNTERS, 0))
-        self._samples: deque[tuple[float, float]] = deque(maxlen=SAMPLES)
-        self._flow = _Flow(clock)
+        self._samples: deque[tuple[int, float]] = deque(maxlen=SAMPLES)
+        self._read_bytes = 0
         self._logged: OrderedDict[bytes, None] = OrderedDict()
 
     @property
@@ -81,11 +81,11 @@ class Shelf:
         with self._lock:
             return dict(self._counts)
 
-    def samples(self) -> list[tuple[float, float]]:
+    def samples(self) -> list[tuple[int, float]]:
         """(bytes, seconds with verification) of each read that brought blocks since the last call, up to `SAMPLES`.
 
-        The bytes are those that were on their way on average while it lasted, its own and those of other reads: that
-        is what the time was for.
+        The bytes are its own and those of other reads that came while it lasted: that is what the time was for. It is
+        exact for a device that serves one after the other, and right on average for one that shares itself out.
         """
         with self._lock:
             drained = list(self._samples)
@@ -121,15 +121,8 @@ class Shelf:
         for what is GOOD and has any content for the rest. Damaged blocks are removed from the tier. Raises as `holds`
         does.
         """
-        began = self._flow.enter(len(batch) * batch.space.block_bytes)
-        try:
-            return self._read(batch, tables, deadline, began)
-        finally:
-            self._flow.leave(len(batch) * batch.space.block_bytes)
-
-    def _read(
-        self, batch: Batch, tables: npt.NDArray[np.int64] | None, deadline: float, began: tuple[float, float]
-    ) -> npt.NDArray[np.uint8]:
+        with self._lock:
+            began, before = self._clock(), self._read_bytes
         with self._call(deadline) as call:
             found = self.tier.read(batch, deadline)
             # Whatever is not one of the known answers counts as a failure.
@@ -140,7 +133,7 @@ class Shelf:
         here = np.flatnonzero(got == Got.GOOD)
         if len(here):
             got[here[_roots(batch, here, tables) != batch.roots[here]]] = Got.DAMAGED
-        self._note_read(batch, got, len(here), began)
+        self._note_read(batch, got, len(here), began, before)
         self._drop(batch, np.flatnonzero(got == Got.DAMAGED), deadline)
         return got
 
@@ -181,15 +174,14 @@ class Shelf:
         with self._lock:
             self._counts.update(amounts)
 
-    def _note_read(self, batch: Batch, got: npt.NDArray[np.uint8], n_here: int, began: tuple[float, float]) -> None:
+    def _note_read(self, batch: Batch, got: npt.NDArray[np.uint8], n_here: int, began: float, before: int) -> None:
         n_bytes = n_here * batch.space.block_bytes
         amounts = {"reads": 1, "read_bytes": n_bytes} | {each.name.lower(): int((got == each).sum()) for each in Got}
         self._count(amounts)
-        mean_bytes, seconds = self._flow.since(began)
-        if n_here and seconds > 0:
-            others = mean_bytes - len(batch) * batch.space.block_bytes
+        if n_here:
             with self._lock:
-                self._samples.append((n_bytes + others, seconds))
+                self._read_bytes += n_bytes
+                self._samples.append((self._read_bytes - before, self._clock() - began))
 
     # ---- damaged blocks
 
@@ -216,43 +208,6 @@ class Shelf:
             if len(self._logged) > LOGGED_KEYS:
                 self._logged.popitem(last=False)
             return new
-
-
-class _Flow:
-    """Bytes of reads that are on their way, and their sum over time."""
-
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
-        self._lock = threading.Lock()
-        self._bytes = 0
-        self._sum = 0.0
-        self._at = clock()
-
-    def enter(self, n_bytes: int) -> tuple[float, float]:
-        """A read of so many begins; when, for `since`."""
-        with self._lock:
-            began = self._advance()
-            self._bytes += n_bytes
-            return began
-
-    def leave(self, n_bytes: int) -> None:
-        """A read of so many ended."""
-        with self._lock:
-            self._advance()
-            self._bytes -= n_bytes
-
-    def since(self, began: tuple[float, float]) -> tuple[float, float]:
-        """Bytes that were on their way since then, on average, and the seconds."""
-        with self._lock:
-            now, total = self._advance()
-        seconds = now - began[0]
-        return ((total - began[1]) / seconds if seconds > 0 else 0.0), seconds
-
-    def _advance(self) -> tuple[float, float]:
-        now = self._clock()
-        self._sum += self._bytes * max(0.0, now - self._at)
-        self._at = max(self._at, now)
-        return self._at, self._sum
 
 
 _UNKNOWN = "?"
