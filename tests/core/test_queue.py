@@ -434,3 +434,14 @@ def test_everything_that_waits_runs_at_the_time_that_was_told(
         running.append(taken.id)
         queue.assert_consistent()
     assert seen == set(range(len(jobs)))
+
+
+def test_a_capped_tenant_keeps_a_tier_busy_with_one_job() -> None:
+    """Else what waits for its cap would count as work that the tier is behind with."""
+    queue = TransferQueue(1, [2], tenant_caps={7: 1.0})
+    for number in range(5):
+        queue.put(Job(number, 0, Urgency.WRITE_BACK, 7, 100, None))
+    queue.put(Job(5, 0, Urgency.WRITE_BACK, 8, 30, None))
+    assert queue.waiting_bytes(0, Urgency.WRITE_BACK) == 530
+    assert queue.ready_bytes(0, Urgency.WRITE_BACK) == 130
+    assert queue.ready_bytes(0, Urgency.FETCH) == 0

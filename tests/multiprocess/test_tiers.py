@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from tests.support import (
     contents,
     read,
     small_geometry,
+    tensors,
     until,
     wait_stopped,
 )
@@ -294,6 +296,84 @@ def test_a_pool_that_overflows_leaves_its_blocks_below(tmp_path: Path) -> None:
                 assert np.array_equal(read(lease, handle), contents(keys.array[: len(lease)]))
                 found += len(lease)
         assert found >= 6000 - lost
+
+
+def test_slots_that_waste_much_of_their_slab_are_saved_before_they_leave_too(tmp_path: Path) -> None:
+    """Seven of 128 KiB in a slab of 1 MiB: a full pool holds an eighth less than it has bytes."""
+    wide = dataclasses.replace(SPACE, segment_bytes=(128 << 10) // SPACE.n_segments)
+    keys = [chain(70 + seed, blocks=16) for seed in range(12)]
+    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk", "write=eviction")]) as keeper, keeper.open() as pool:
+        handle = pool.space(wide)
+        for each in keys:
+            blocks = tensors(contents(each.array, wide.block_bytes), wide)
+            assert pool.store(handle, each, blocks, wait_s=PATIENCE_S).n_blocks == 16
+            assert pool.flush(PATIENCE_S)
+            _wait_saved(keeper)
+        assert (keeper.tier("disk")["blocks"] or 0) > 0
+
+
+@pytest.fixture
+def far(tmp_path: Path) -> Iterator[tuple[Keeper, Path]]:
+    """A pool over a directory that may lie on another machine, and everything is written there at once."""
+    folder = tmp_path / "far"
+    folder.mkdir()
+    with Keeper(small_geometry(), tiers=[f"file:{folder}?name=far&write=through"]) as keeper:
+        yield keeper, folder
+
+
+def objects(folder: Path) -> list[Path]:
+    return [path for path in folder.rglob("*") if path.is_file() and path.stat().st_size > 4096]
+
+
+def test_what_a_store_lost_is_written_to_it_again(far: tuple[Keeper, Path]) -> None:
+    keeper, folder = far
+    keys = chain(80, blocks=8)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        must_store(pool, handle, keys)
+        until(lambda: len(objects(folder)) == 8, "it is there")
+        for path in objects(folder):
+            path.unlink()
+        # The pool has it, so that nobody fetches it: it is looked after all the same.
+        until(lambda: keeper.tier_report()["orders"]["dropped"] == 8, "it is seen to be gone")
+        for _ in range(2):
+            assert_resident(pool, handle, keys)
+        until(lambda: len(objects(folder)) == 8, "it is there again")
+
+
+def test_what_a_fetch_does_not_find_is_not_believed_to_be_there(far: tuple[Keeper, Path]) -> None:
+    keeper, folder = far
+    keys = chain(81, blocks=8)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        must_store(pool, handle, keys)
+        until(lambda: len(objects(folder)) == 8, "it is there")
+        replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        assert fetch(pool, handle, keys[:4]) is FetchEnd.DONE
+        for path in objects(folder):
+            path.unlink()
+        assert fetch(pool, handle, keys) is FetchEnd.ABSENT
+        must_store(pool, handle, keys)
+        until(lambda: len(objects(folder)) >= 4, "what was not there is written")
+
+
+def test_what_comes_from_a_store_is_not_written_to_it_again(far: tuple[Keeper, Path]) -> None:
+    keeper, folder = far
+    keys, more = chain(82, blocks=8), chain(83, blocks=2)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys)
+        until(lambda: len(objects(folder)) == 8, "it is there")
+        replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        assert fetch(pool, handle, keys) is FetchEnd.DONE
+        assert_resident(pool, handle, keys)
+        must_store(pool, handle, more)
+        until(lambda: len(objects(folder)) == 10, "what came later is written")
+        assert keeper.tier("far")["counters"]["present"] == 0
+        assert keeper.tier("far")["counters"]["stored"] == 2
 
 
 def _wait_saved(keeper: Keeper) -> None:

@@ -100,12 +100,14 @@ class Writer:
         while first < len(batch):
             part_bytes = self._part_bytes[tier.number]
             stop = min(len(batch), first + max(1, part_bytes // block_bytes))
+            began = time.monotonic()
             try:
-                placed[first:stop] = tier.shelf.write(batch.part(first, stop), time.monotonic() + tier.config.timeout_s)
+                placed[first:stop] = tier.shelf.write(batch.part(first, stop), began + tier.config.timeout_s)
             except TierTimeout:
                 self._part_bytes[tier.number] = max(block_bytes, (stop - first) * block_bytes // 2)
                 raise
-            self._part_bytes[tier.number] = min(PART_BYTES, 2 * part_bytes)
+            if time.monotonic() - began < tier.config.timeout_s / 4:  # twice as much would still be in time
+                self._part_bytes[tier.number] = min(PART_BYTES, 2 * part_bytes)
             first = stop
 
     def _land(self, flight: _Flight, placed: npt.NDArray[np.uint8], *, reached: bool) -> None:
