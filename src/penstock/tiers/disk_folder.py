@@ -6,6 +6,7 @@ Files that do not bear this tier's names are never touched. Does not cover slabs
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import threading
@@ -88,6 +89,9 @@ class Folder:
         with self._saving:
             known = self.find(space)
             if known is None:
+                # Where the directory was replaced by another, that one's file is not ours.
+                if not self.is_there():
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
                 known = self._file.next_number
                 spaces = [*self._file.spaces, SavedSpace.of(known, space)]
                 self._save(SpacesFile(MAGIC, FORMAT_VERSION, self.salt, known + 1, spaces))
@@ -105,7 +109,6 @@ class Folder:
 
     def save_wear(self, written_bytes: int) -> None:
         """Remember how much was written to the device, ever. Not synced: a power loss may forget the last of it."""
-        # Where the directory was replaced by another, that one's file is not ours.
         if not self.is_there():
             return
         with self._saving:

@@ -268,17 +268,19 @@ class Index:
                 best, best_use = slab, use
         return best
 
-    def empty(self, slab: Slab) -> bool:
+    def empty(self, slab: Slab) -> list[Place] | None:
         """Evict every block of a slab and what continues them, and take the slab out.
 
-        False, and nothing changed, if one of them is in use.
+        Returns the slots in other slabs whose rows were cleared (in memory); None, and nothing changed, if a block is
+        in use.
         """
         doomed = self._with_descendants(slab)
         if self._pinned(slab) or any(unit in self._pins for unit in doomed):
-            return False
+            return None
         self._answer(doomed)
         self.slots.drop(slab)
-        return True
+        elsewhere = [unit for unit in doomed if not slab.base <= unit < slab.base + slab.n_slots]
+        return self.slots.places(elsewhere, elsewhere)
 
     def lose(self, slab: Slab) -> None:
         """Take a slab out whose files are gone, and forget its blocks; what continues them begins chains now."""

@@ -360,6 +360,9 @@ class Store:
 
     def _save(self) -> None:
         """Write down when blocks were used and how much was written; a failure is counted, and tried again later."""
+        # Whoever has the directory now may have rows where ours were.
+        if not self.folder.is_there():
+            return
         self._saved_at = time.monotonic()
         with self._lock:
             places = self.index.stamp()
