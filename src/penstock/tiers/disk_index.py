@@ -132,7 +132,7 @@ class Index:
     def take_ghost(self, space: int, key: bytes) -> int | None:
         """The slot of a removed block, to be written again; None if there is none or somebody still reads it."""
         unit = self._ghost_of.get((space, key)) if self._ghost_of else None
-        if unit is None or unit in self._pins:
+        if unit is None or unit in self._pins or self._bad(unit):
             return None
         self._lay(unit)
         return unit
@@ -147,6 +147,10 @@ class Index:
             self._ghosts[unit] = None
             self._reap(unit)
         self.slots.give_back([unit for unit in units if unit not in again])
+
+    def _bad(self, unit: int) -> bool:
+        slab, slot = self.slots.where(unit)
+        return bool(slab.bad[slot])
 
     def _resident(self, unit: int) -> bool:
         return bool(self.brain.facts.rows["flags"][unit])

@@ -55,6 +55,8 @@ class Slab:
         self.free = np.zeros(self.n_slots, bool)
         """Slots that may be given to a writer."""
         self.n_free = 0
+        self.bad = np.zeros(self.n_slots, bool)
+        """Slots that the device could not read; they stay empty while this slab is open."""
         self.clean = np.zeros(self.n_slots, bool)
         """Slots whose row on disk is known to say free; any other is cleared there before its slot is overwritten."""
         self.base = -1
