@@ -6,6 +6,7 @@ strides. Does not cover which block leaves first (`disk_index.py`) or what is wr
 
 from __future__ import annotations
 
+import errno
 import secrets
 import threading
 import time
@@ -13,9 +14,9 @@ from pathlib import Path
 
 from penstock.tiers.disk_device import System
 from penstock.tiers.disk_folder import Folder, Geometry
-from penstock.tiers.disk_format import HEADER_BYTES, ROW_BYTES, Header, stride_of
+from penstock.tiers.disk_format import HEADER_BYTES, MAX_SLOTS, ROW_BYTES, Header, stride_of
 from penstock.tiers.disk_index import Index
-from penstock.tiers.disk_slab import Slab, create_slab, load_slab, remove_slab_files
+from penstock.tiers.disk_slab import Slab, create_slab, load_slab, remove_slab_files, slab_files_bytes
 from penstock.tiers.disk_slots import Place
 
 __all__ = ["Room"]
@@ -42,6 +43,8 @@ class Room:
         """Held while a slab is made or laid out anew; taken before the lock."""
         self._grow_again = 0.0
         self._delete_again = 0.0
+        self._left: dict[int, int] = {}
+        """Slabs that could not be read, or are no files: they hold nothing and are left as they are. Their bytes."""
         self._turned_over: dict[int, int] = {}
         """Slot class -> blocks it evicted since it last looked for a colder slab."""
         self.errors = 0
@@ -66,7 +69,15 @@ class Room:
     def _load_into(self, slabs: list[Slab]) -> tuple[int, int]:
         torn = dropped = 0
         for number in self._folder.slabs():
-            slab, n_torn, n_beyond = load_slab(self.path, number, self._folder.salt, self._direct)
+            try:
+                slab, n_torn, n_beyond = load_slab(self.path, number, self._folder.salt, self._direct)
+            except OSError as error:
+                # That is this process's trouble, not the slab's.
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    raise
+                self.errors += 1
+                self._left[number] = slab_files_bytes(self.path, number)
+                continue
             torn, dropped = torn + n_torn, dropped + n_beyond
             if slab is None:
                 remove_slab_files(self.path, number)
@@ -94,7 +105,7 @@ class Room:
     def _shrink(self, slabs: list[Slab]) -> None:
         """Delete the coldest slabs until the others fit into the size."""
         slabs.sort(key=lambda each: int(each.rows["stamp"].max(initial=0)))
-        while sum(map(_disk_bytes, slabs)) > self._geometry.size_bytes:
+        while slabs and sum(map(_disk_bytes, slabs)) + sum(self._left.values()) > self._geometry.size_bytes:
             slab = slabs.pop(0)
             slab.close()
             remove_slab_files(self.path, slab.number)
@@ -139,7 +150,7 @@ class Room:
         return freed > 0
 
     def _slots_of(self, stride: int) -> int:
-        return max(1, self._geometry.slab_bytes // stride)
+        return min(max(1, self._geometry.slab_bytes // stride), MAX_SLOTS)
 
     def _grow(self, slot_class: int, stride: int) -> bool:
         """Add a slab; True if there are free slots now, whoever made them."""
@@ -153,9 +164,9 @@ class Room:
         needed = _file_bytes(stride, self._slots_of(stride))
         with self._lock:
             slabs = self._index.slots.slabs
-            within = sum(map(_disk_bytes, slabs)) + needed <= self._geometry.size_bytes
-            taken = {slab.number for slab in slabs}
-        if not within or time.monotonic() < self._grow_again:
+            all_bytes = sum(map(_disk_bytes, slabs)) + sum(self._left.values()) + needed
+            taken = self._left.keys() | {slab.number for slab in slabs}
+        if all_bytes > self._geometry.size_bytes or time.monotonic() < self._grow_again:
             return False
         number = next(i for i in range(len(taken) + 1) if i not in taken)
         if not self._leaves_enough(needed) or not self._lay_out(number, stride):
