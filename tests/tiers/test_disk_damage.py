@@ -44,12 +44,12 @@ def folder(tmp_path: Path) -> Path:
 
 def opened(folder: Path) -> DiskTier:
     """A tier there; a start that hangs fails the test."""
-    found: list[DiskTier | BaseException] = []
+    found: list[DiskTier | Exception] = []
 
     def go() -> None:
         try:
             found.append(open_disk(folder))
-        except BaseException as refusal:
+        except Exception as refusal:
             found.append(refusal)
 
     thread = threading.Thread(target=go, daemon=True)

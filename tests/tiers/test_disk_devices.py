@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import errno
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from penstock.runtime.shelf import Shelf
-from penstock.testing.tier_blocks import empty, filled
+from penstock.testing.tier_blocks import filled
 from penstock.tiers import disk
 from penstock.tiers.base import Found, Placed
 from penstock.tiers.disk import DiskTier
 from penstock.tiers.disk_folder import Folder
-from penstock.tiers.disk_store import Store
-from tests.support import until
-from tests.tiers.disk_support import NEVER, ODD, SPACE, Faulty, chain, consistent, error, open_disk, read, write
+from tests.tiers.disk_support import NEVER, ODD, SPACE, Faulty, chain, consistent, error, holds, open_disk, read, write
 
 HERE, ABSENT, UNREADABLE = Found.HERE, Found.ABSENT, Found.FAILED
 STORED, PRESENT, NO_ROOM, FAILED = Placed.STORED, Placed.PRESENT, Placed.NO_ROOM, Placed.FAILED
@@ -139,3 +137,91 @@ def test_a_slab_is_lost_after_its_blocks_were_written(tier: DiskTier, system: Fa
     assert write(tier, chain(1, 4)) == [FAILED] * 4
     assert read(tier, chain(1, 4)) == [ABSENT] * 4
     consistent(tier)
+
+
+# ---- devices that do not answer
+
+
+class Stuck:
+    """A call that does not return until it is let go."""
+
+    def __init__(self) -> None:
+        self.entered, self.go_on = threading.Event(), threading.Event()
+
+    def wait(self) -> None:
+        self.entered.set()
+        assert self.go_on.wait(60)
+
+
+@pytest.fixture
+def stuck() -> Iterator[Stuck]:
+    stuck = Stuck()
+    yield stuck
+    stuck.go_on.set()
+
+
+def ends(call: Callable[[], object]) -> bool:
+    """Whether it returns while the device does not answer."""
+    thread = threading.Thread(target=call, daemon=True)
+    thread.start()
+    thread.join(20)
+    return not thread.is_alive()
+
+
+def test_closing_does_not_wait_for_ever(
+    tier: DiskTier, system: Faulty, stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_CLOSE_S", 0.1)
+    keys = chain(0, 5)
+    assert write(tier, keys) == [STORED] * 5
+    assert read(tier, keys) == [HERE] * 5
+    system.fail = lambda name, *_: stuck.wait() if name == "pwrite" else None
+    assert ends(tier.close)
+    assert stuck.entered.is_set(), "uses are written down"
+    assert ends(tier.usage) and ends(tier.counters) and ends(tier.close)
+    stuck.go_on.set()
+    monkeypatch.undo()
+    tier.close()
+    again = open_disk(tier._path)
+    assert read(again, keys) == [HERE] * 5
+    again.close()
+
+
+def test_the_last_call_of_a_closed_tier_does_not_close_it_itself(
+    tier: DiskTier, system: Faulty, stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(disk, "_CLOSE_S", 0.1)
+    keys = chain(0, 5)
+    assert write(tier, keys) == [STORED] * 5
+    reading = Stuck()
+    system.fail = lambda name, *_: reading.wait() if name == "preadv" else stuck.wait()
+    found: list[list[int]] = []
+    reader = threading.Thread(target=lambda: found.append(read(tier, keys)), daemon=True)
+    reader.start()
+    assert reading.entered.wait(60)
+    assert ends(tier.close)
+    reading.go_on.set()
+    reader.join(20)
+    assert found == [[HERE] * 5]
+    assert ends(tier.usage)
+
+
+def test_a_look_at_a_directory_that_does_not_answer_holds_up_one_call(
+    tier: DiskTier, stuck: Stuck, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys = chain(0, 5)
+    assert write(tier, keys) == [STORED] * 5
+
+    def look(self: Folder) -> bool:
+        stuck.wait()
+        return True
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Folder, "is_there", look)
+        patched.setattr(disk, "_LOOK_S", 0.0)
+        looker = threading.Thread(target=lambda: holds(tier, keys))
+        looker.start()
+        assert stuck.entered.wait(60)
+        assert ends(lambda: holds(tier, keys)) and ends(tier.usage) and ends(lambda: read(tier, keys))
+        stuck.go_on.set()
+        looker.join()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import threading
 import time
 from pathlib import Path
 
@@ -14,7 +12,7 @@ from penstock.testing.tier_blocks import tier_space
 from penstock.tiers.base import Found, Placed
 from penstock.tiers.disk import DiskOptions, DiskTier
 from penstock.tiers.disk_store import Store
-from tests.tiers.disk_support import NEVER, ODD, SPACE, Faulty, chain, consistent, error, holds, open_disk, read, write
+from tests.tiers.disk_support import NEVER, ODD, SPACE, chain, consistent, holds, open_disk, read, write
 
 HERE, ABSENT, UNREADABLE = Found.HERE, Found.ABSENT, Found.FAILED
 STORED, NO_ROOM, FAILED = Placed.STORED, Placed.NO_ROOM, Placed.FAILED
