@@ -13,8 +13,8 @@ tail first. Files of others in the directory are left alone.
 
 This file has the options, opening, and what happens when the directory is lost: calls raise TierUnavailable until it is
 back, and then begin with what is in it. The parts: `disk_store.py` (writing and reading), `disk_room.py` (which slabs),
-`disk_index.py` and `disk_slots.py` (what is where), `disk_slab.py`, `disk_folder.py`, `disk_format.py` (the files),
-`disk_device.py` (system calls).
+`disk_index.py` and `disk_slots.py` (what is where), `disk_slab.py`, `disk_folder.py`, `disk_files.py`, `disk_format.py`
+(the files), `disk_device.py` (system calls).
 """
 
 from __future__ import annotations
