@@ -198,11 +198,7 @@ class DiskTier(Tier):
             self._looked_at = time.monotonic()
             store = self._store
             if store is None and self._path.is_dir():
-                found = self._reopen()
-                with self._gate:
-                    self._store = found
-                    if self._closed:
-                        self._leave()
+                self._take(self._reopen())
             elif store is not None and not store.folder.is_there():
                 with self._gate:
                     self._leave()
@@ -217,6 +213,12 @@ class DiskTier(Tier):
                 f"{self._path} is gone; the disk tier {self.name} begins anew when the directory is back"
             )
         return self._store
+
+    def _take(self, store: Store) -> None:
+        with self._gate:
+            self._store = store
+            if self._closed:
+                self._leave()
 
     def _leave(self) -> None:
         """Use the store no longer; it is closed once no call uses it. The gate is held."""
