@@ -121,7 +121,9 @@ def consistent(tier: DiskTier) -> None:
         used = np.flatnonzero(slab.used())
         assert not slab.free[used].any()
         assert slab.n_free == slab.free.sum()
-        n_taken += slab.n_slots - slab.n_free
+        assert not slab.free[slab.bad].any()
+        empty_bad = [slot for slot in np.flatnonzero(slab.bad & ~slab.used()) if slab.base + slot not in index._ghosts]
+        n_taken += slab.n_slots - slab.n_free - len(empty_bad)
         for slot in used.tolist():
             row = slab.rows[slot]
             rows[slab.base + slot] = (int(row["space"]), row["key"].tobytes())

@@ -13,8 +13,8 @@ tail first. Files of others in the directory are left alone.
 
 This file has the options, opening, and what happens when the directory is lost: calls raise TierUnavailable until it is
 back, and then begin with what is in it. The parts: `disk_store.py` (writing and reading), `disk_room.py` (which slabs),
-`disk_index.py` and `disk_slots.py` (what is where), `disk_slab.py`, `disk_folder.py`, `disk_format.py` (the files),
-`disk_device.py` (system calls).
+`disk_index.py` and `disk_slots.py` (what is where), `disk_slab.py`, `disk_folder.py`, `disk_files.py`, `disk_format.py`
+(the files), `disk_device.py` (system calls).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _KEEP_FREE_BYTES = 1 << 30
 _LOOK_S = 0.25
 """How often the directory is looked for: while it is used, and while it is gone."""
 _CLOSE_S = 30.0
-"""How long `close` waits for a device that does not answer; the last call then closes the files."""
+"""How long `close` waits for a device that does not answer; the files are closed whenever it does."""
 
 
 class Direct(StrEnum):
@@ -109,10 +109,14 @@ class DiskTier(Tier):
         self._system = system or System()
         self._counts = Counts()
         self._gate = threading.Condition()
-        """Guards what follows."""
+        """Guards what follows; never held during I/O."""
         self._calls: dict[Store, int] = {}
         """Calls that run, by the store they use; a store that was lost is closed by the last of them."""
+        self._closing = 0
+        """Stores that are being closed."""
         self._closed = False
+        self._looking = threading.Lock()
+        """Held by the call that looks for the directory; without the gate, since a device may not answer."""
         self._looked_at = time.monotonic()
         try:
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -151,14 +155,12 @@ class DiskTier(Tier):
 
     def usage(self) -> Usage:
         """See Tier; nothing is there while the directory is gone."""
-        with self._gate:
-            store = self._store
+        store = self._store
         return store.usage() if store is not None else Usage(0, 0, 0)
 
     def counters(self) -> dict[str, int]:
         """Bytes and failures since this object was made; evictions and slabs of the directory as it was opened last."""
-        with self._gate:
-            store = self._store
+        store = self._store
         return self._counts.as_dict() | (store.counters() if store is not None else {})
 
     def close(self) -> None:
@@ -166,13 +168,14 @@ class DiskTier(Tier):
         with self._gate:
             self._closed = True
             self._leave()
-            self._gate.wait_for(lambda: not self._calls, _CLOSE_S)
+            self._gate.wait_for(lambda: not self._calls and not self._closing, _CLOSE_S)
 
     # ---- the directory comes and goes
 
     @contextmanager
     def _use(self) -> Iterator[Store]:
         """The store, for one call. Raises TierUnavailable if there is none."""
+        self._look()
         with self._gate:
             store = self._present()
             self._calls[store] = self._calls.get(store, 0) + 1
@@ -184,30 +187,61 @@ class DiskTier(Tier):
                 if not self._calls[store]:
                     del self._calls[store]
                     if store is not self._store:
-                        store.close()
+                        self._end(store)
                     self._gate.notify_all()
+
+    def _look(self) -> None:
+        """Now and then, and one call at a time: whether the directory is gone, or back. Raises TierUnavailable."""
+        if self._closed or time.monotonic() - self._looked_at < _LOOK_S or not self._looking.acquire(blocking=False):
+            return
+        try:
+            self._looked_at = time.monotonic()
+            store = self._store
+            if store is None and self._path.is_dir():
+                self._take(self._reopen())
+            elif store is not None and not store.folder.is_there():
+                with self._gate:
+                    self._leave()
+        finally:
+            self._looking.release()
 
     def _present(self) -> Store:
         if self._closed:
             raise TierUnavailable(f"the disk tier {self.name} is closed")
-        now = time.monotonic()
-        if now - self._looked_at >= _LOOK_S:
-            self._looked_at = now
-            if self._store is not None and not self._store.folder.is_there():
-                self._leave()
-            elif self._store is None and self._path.is_dir():
-                self._store = self._reopen()
         if self._store is None:
             raise TierUnavailable(
                 f"{self._path} is gone; the disk tier {self.name} begins anew when the directory is back"
             )
         return self._store
 
+    def _take(self, store: Store) -> None:
+        with self._gate:
+            self._store = store
+            if self._closed:
+                self._leave()
+
     def _leave(self) -> None:
-        """Use the store no longer; it is closed once no call uses it."""
+        """Use the store no longer; it is closed once no call uses it. The gate is held."""
         store, self._store = self._store, None
         if store is not None and store not in self._calls:
+            self._end(store)
+
+    def _end(self, store: Store) -> None:
+        """Close a store that no call uses, in a thread of its own: the device may not answer. The gate is held."""
+        self._closing += 1
+        try:
+            threading.Thread(target=self._close_store, args=(store,), name="penstock-disk-close", daemon=True).start()
+        except RuntimeError:
+            # The interpreter is ending, or there are too many threads.
+            self._close_store(store)
+
+    def _close_store(self, store: Store) -> None:
+        try:
             store.close()
+        finally:
+            with self._gate:
+                self._closing -= 1
+                self._gate.notify_all()
 
     def _reopen(self) -> Store:
         try:

@@ -6,6 +6,7 @@ Files that do not bear this tier's names are never touched. Does not cover slabs
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import secrets
 import threading
@@ -16,6 +17,7 @@ import msgspec
 from penstock.errors import NotOurs, TierUnavailable
 from penstock.pool.locks import ByteLock
 from penstock.tiers.base import BlockSpace
+from penstock.tiers.disk_files import NotAFile, read_file
 from penstock.tiers.disk_format import (
     FORMAT_VERSION,
     LOCK_NAME,
@@ -30,6 +32,9 @@ from penstock.tiers.disk_format import (
 
 __all__ = ["Folder", "Geometry", "space_id"]
 
+_SPACES_BYTES = 64 << 20
+_WEAR_BYTES = 24
+"""What is longer is not ours."""
 SpaceId = tuple[bytes, bytes, int, int, int, int]
 
 
@@ -88,6 +93,9 @@ class Folder:
         with self._saving:
             known = self.find(space)
             if known is None:
+                # Where the directory was replaced by another, that one's file is not ours.
+                if not self.is_there():
+                    raise OSError(errno.ESTALE, os.strerror(errno.ESTALE), str(self.path))
                 known = self._file.next_number
                 spaces = [*self._file.spaces, SavedSpace.of(known, space)]
                 self._save(SpacesFile(MAGIC, FORMAT_VERSION, self.salt, known + 1, spaces))
@@ -105,7 +113,6 @@ class Folder:
 
     def save_wear(self, written_bytes: int) -> None:
         """Remember how much was written to the device, ever. Not synced: a power loss may forget the last of it."""
-        # Where the directory was replaced by another, that one's file is not ours.
         if not self.is_there():
             return
         with self._saving:
@@ -148,9 +155,10 @@ class Folder:
     def _load(self) -> tuple[bool, SpacesFile]:
         """(whether it has to be written, the spaces file). Raises OSError, ConfigError."""
         path = self.path / SPACES_NAME
-        found = parse_spaces(path.read_bytes(), str(self.path)) if path.exists() else None
-        if found is not None:
-            return False, found
+        with contextlib.suppress(FileNotFoundError, NotAFile):
+            found = parse_spaces(read_file(path, _SPACES_BYTES), str(self.path))
+            if found is not None:
+                return False, found
         return True, SpacesFile(MAGIC, FORMAT_VERSION, secrets.randbits(64), 1, [])
 
     def _save(self, file: SpacesFile) -> None:
@@ -183,10 +191,10 @@ def _identity(path: Path) -> tuple[int, int]:
 
 def _load_wear(path: Path) -> int:
     try:
-        text = path.read_text().strip()
-    except (OSError, UnicodeDecodeError):
+        text = read_file(path, _WEAR_BYTES + 1).strip()
+    except OSError:
         return 0
-    return int(text) if text.isascii() and text.isdigit() else 0
+    return int(text) if text.isdigit() and len(text) <= _WEAR_BYTES else 0
 
 
 def _replace(path: Path, data: bytes, sync: bool) -> None:

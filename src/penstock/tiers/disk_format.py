@@ -21,6 +21,8 @@ __all__ = [
     "HEADER_BYTES",
     "LOCK_NAME",
     "MAGIC",
+    "MAX_SLOTS",
+    "MAX_STAMP",
     "PAGE_BYTES",
     "ROW_BYTES",
     "ROW_USED",
@@ -52,6 +54,11 @@ ROW_USED = 1
 LOCK_NAME = "penstock.lock"
 SPACES_NAME = "penstock.spaces"
 WEAR_NAME = "penstock.wear"
+MAX_SLOTS = 1 << 24
+"""Of a slab, so that no header makes its reader take more than 1 GiB for the rows."""
+MAX_STAMP = (1 << 62) - 1
+_MAX_BYTES = 1 << 62
+_MAX_NUMBER = (1 << 32) - 1
 _SLAB_NAME = re.compile(r"slab-(\d{6})\.(data|rows)\Z")
 
 Words = npt.NDArray[np.uint64]
@@ -215,7 +222,7 @@ def unpack_header(data: bytes) -> Header | None:
     if not ok or int(row["check"][0]) != _header_check(row):
         return None
     slab, salt, life, stride, n_slots = (int(row[name][0]) for name in ("slab", "salt", "life", "stride", "n_slots"))
-    if stride <= 0 or stride % PAGE_BYTES or n_slots <= 0:
+    if stride <= 0 or stride % PAGE_BYTES or not 0 < n_slots <= MAX_SLOTS or stride * n_slots > _MAX_BYTES:
         return None
     return Header(slab, salt, life, stride, n_slots)
 
@@ -227,7 +234,7 @@ def parse_spaces(data: bytes, where: str) -> SpacesFile | None:
     """
     try:
         kind = msgspec.json.decode(data, type=DiskFile)
-    except (msgspec.DecodeError, msgspec.ValidationError):
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return None
     if kind.magic != MAGIC:
         return None
@@ -237,6 +244,24 @@ def parse_spaces(data: bytes, where: str) -> SpacesFile | None:
             "another directory, or delete this one's penstock.* and slab-* files (what they hold is a cache)."
         )
     try:
-        return msgspec.json.decode(data, type=SpacesFile)
-    except (msgspec.DecodeError, msgspec.ValidationError):
+        file = msgspec.json.decode(data, type=SpacesFile)
+        return file if _can_be(file) else None
+    except (msgspec.DecodeError, ValueError, RecursionError):
         return None
+
+
+def _can_be(file: SpacesFile) -> bool:
+    """Whether what the file says fits into rows and headers. Raises ValueError for what is not hexadecimal."""
+    numbers = [each.number for each in file.spaces]
+    return (
+        0 <= file.salt < 1 << 64
+        and 1 <= file.next_number <= _MAX_NUMBER
+        and len(set(numbers)) == len(numbers)
+        and all(1 <= number < file.next_number for number in numbers)
+        and all(_space_can_be(each.space()) for each in file.spaces)
+    )
+
+
+def _space_can_be(space: BlockSpace) -> bool:
+    sizes = (space.block_bytes, space.block_tokens, space.n_segments, space.segment_bytes)
+    return len(space.digest) == 32 and len(space.root) == 16 and all(0 < size <= _MAX_BYTES for size in sizes)

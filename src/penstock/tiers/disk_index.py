@@ -132,7 +132,7 @@ class Index:
     def take_ghost(self, space: int, key: bytes) -> int | None:
         """The slot of a removed block, to be written again; None if there is none or somebody still reads it."""
         unit = self._ghost_of.get((space, key)) if self._ghost_of else None
-        if unit is None or unit in self._pins:
+        if unit is None or unit in self._pins or self._bad(unit):
             return None
         self._lay(unit)
         return unit
@@ -147,6 +147,10 @@ class Index:
             self._ghosts[unit] = None
             self._reap(unit)
         self.slots.give_back([unit for unit in units if unit not in again])
+
+    def _bad(self, unit: int) -> bool:
+        slab, slot = self.slots.where(unit)
+        return bool(slab.bad[slot])
 
     def _resident(self, unit: int) -> bool:
         return bool(self.brain.facts.rows["flags"][unit])
@@ -268,17 +272,19 @@ class Index:
                 best, best_use = slab, use
         return best
 
-    def empty(self, slab: Slab) -> bool:
+    def empty(self, slab: Slab) -> list[Place] | None:
         """Evict every block of a slab and what continues them, and take the slab out.
 
-        False, and nothing changed, if one of them is in use.
+        Returns the slots in other slabs whose rows were cleared (in memory); None, and nothing changed, if a block is
+        in use.
         """
         doomed = self._with_descendants(slab)
         if self._pinned(slab) or any(unit in self._pins for unit in doomed):
-            return False
+            return None
         self._answer(doomed)
         self.slots.drop(slab)
-        return True
+        elsewhere = [unit for unit in doomed if not slab.base <= unit < slab.base + slab.n_slots]
+        return self.slots.places(elsewhere, elsewhere)
 
     def lose(self, slab: Slab) -> None:
         """Take a slab out whose files are gone, and forget its blocks; what continues them begins chains now."""

@@ -6,6 +6,7 @@ strides. Does not cover which block leaves first (`disk_index.py`) or what is wr
 
 from __future__ import annotations
 
+import errno
 import secrets
 import threading
 import time
@@ -13,14 +14,15 @@ from pathlib import Path
 
 from penstock.tiers.disk_device import System
 from penstock.tiers.disk_folder import Folder, Geometry
-from penstock.tiers.disk_format import HEADER_BYTES, ROW_BYTES, Header, stride_of
+from penstock.tiers.disk_format import HEADER_BYTES, MAX_SLOTS, ROW_BYTES, Header, stride_of
 from penstock.tiers.disk_index import Index
-from penstock.tiers.disk_slab import Slab, create_slab, load_slab, remove_slab_files
+from penstock.tiers.disk_slab import Slab, create_slab, load_slab, remove_slab_files, slab_files_bytes
+from penstock.tiers.disk_slots import Place
 
 __all__ = ["Room"]
 
 _NO_GROWTH_S = 5.0
-"""How long no slab is added after the file system had no room for one."""
+"""How long no slab is added after the file system had no room for one, or deleted after that made no room."""
 _MAX_ROUNDS = 64
 """Other writers may take what was made free; a writer that lost this often goes without."""
 
@@ -40,6 +42,9 @@ class Room:
         self._changing = threading.Lock()
         """Held while a slab is made or laid out anew; taken before the lock."""
         self._grow_again = 0.0
+        self._delete_again = 0.0
+        self._left: dict[int, int] = {}
+        """Slabs that could not be read, or are no files: they hold nothing and are left as they are. Their bytes."""
         self._turned_over: dict[int, int] = {}
         """Slot class -> blocks it evicted since it last looked for a colder slab."""
         self.errors = 0
@@ -64,7 +69,15 @@ class Room:
     def _load_into(self, slabs: list[Slab]) -> tuple[int, int]:
         torn = dropped = 0
         for number in self._folder.slabs():
-            slab, n_torn, n_beyond = load_slab(self.path, number, self._folder.salt, self._direct)
+            try:
+                slab, n_torn, n_beyond = load_slab(self.path, number, self._folder.salt, self._direct)
+            except OSError as error:
+                # That is this process's trouble, not the slab's.
+                if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOMEM):
+                    raise
+                self.errors += 1
+                self._left[number] = slab_files_bytes(self.path, number)
+                continue
             torn, dropped = torn + n_torn, dropped + n_beyond
             if slab is None:
                 remove_slab_files(self.path, number)
@@ -92,7 +105,7 @@ class Room:
     def _shrink(self, slabs: list[Slab]) -> None:
         """Delete the coldest slabs until the others fit into the size."""
         slabs.sort(key=lambda each: int(each.rows["stamp"].max(initial=0)))
-        while sum(map(_disk_bytes, slabs)) > self._geometry.size_bytes:
+        while slabs and sum(map(_disk_bytes, slabs)) + sum(self._left.values()) > self._geometry.size_bytes:
             slab = slabs.pop(0)
             slab.close()
             remove_slab_files(self.path, slab.number)
@@ -137,24 +150,28 @@ class Room:
         return freed > 0
 
     def _slots_of(self, stride: int) -> int:
-        return max(1, self._geometry.slab_bytes // stride)
+        return min(max(1, self._geometry.slab_bytes // stride), MAX_SLOTS)
 
     def _grow(self, slot_class: int, stride: int) -> bool:
         """Add a slab; True if there are free slots now, whoever made them."""
-        needed = _file_bytes(stride, self._slots_of(stride))
         with self._changing:
             with self._lock:
                 if self._index.slots.has_free(slot_class):
                     return True
-                slabs = self._index.slots.slabs
-                within = sum(map(_disk_bytes, slabs)) + needed <= self._geometry.size_bytes
-                taken = {slab.number for slab in slabs}
-            if not within or time.monotonic() < self._grow_again:
-                return False
-            number = next(i for i in range(len(taken) + 1) if i not in taken)
-            if not self._leaves_enough(needed) or not self._lay_out(number, stride):
-                self._grow_again = time.monotonic() + _NO_GROWTH_S
-                return False
+            return self._add_slab(stride)
+
+    def _add_slab(self, stride: int) -> bool:
+        needed = _file_bytes(stride, self._slots_of(stride))
+        with self._lock:
+            slabs = self._index.slots.slabs
+            all_bytes = sum(map(_disk_bytes, slabs)) + sum(self._left.values()) + needed
+            taken = self._left.keys() | {slab.number for slab in slabs}
+        if all_bytes > self._geometry.size_bytes or time.monotonic() < self._grow_again:
+            return False
+        number = next(i for i in range(len(taken) + 1) if i not in taken)
+        if not self._leaves_enough(needed) or not self._lay_out(number, stride):
+            self._grow_again = time.monotonic() + _NO_GROWTH_S
+            return False
         return True
 
     def _leaves_enough(self, needed: int) -> bool:
@@ -182,18 +199,53 @@ class Room:
         return added
 
     def _take_colder(self, slot_class: int, stride: int) -> bool:
-        """Give the class a slab of another class that was used less lately, emptied; False if there is none."""
+        """Give the class a slab of another class that was used less lately, emptied; False if there is none.
+
+        Where one is too small, it and others are deleted and a slab is added.
+        """
+        n_slots = self._slots_of(stride)
+        needed, freed = _file_bytes(stride, n_slots), 0
         with self._changing:
+            if time.monotonic() < self._delete_again:
+                return False
+            # No more are deleted than make room for one slab: some file systems give space back late, or never.
+            while freed < needed and self._folder.is_there():
+                with self._lock:
+                    slab = self._index.coldest(slot_class)
+                    places = self._index.empty(slab) if slab is not None else None
+                    if slab is None or places is None:
+                        return False
+                    for other, _, _ in places:
+                        other.users += 1
+                self._clear_on_disk(places)
+                made = slab.data_bytes >= n_slots * stride and self._lay_out(slab.number, stride)
+                if not made:
+                    self._remove_files(slab.number)
+                self._retire(slab)
+                freed += _disk_bytes(slab)
+                self._grow_again = 0.0
+                if made or self._add_slab(stride):
+                    return True
+            self._delete_again = time.monotonic() + _NO_GROWTH_S
+        return False
+
+    def _clear_on_disk(self, places: list[Place]) -> None:
+        """Write down that these slots are free: a restart would find a second copy of what was removed since."""
+        for slab, slots, _ in places:
+            try:
+                slab.flush(self._system, self._lock, int(slots[0]), int(slots[-1]) + 1)
+            except OSError:
+                self.errors += 1
             with self._lock:
-                slab = self._index.coldest(slot_class)
-                if slab is None or not self._index.empty(slab):
-                    return False
-            fits = slab.data_bytes >= self._slots_of(stride) * stride
-            if not fits:
-                remove_slab_files(self.path, slab.number)
-            made = self._lay_out(slab.number, stride) if fits else True
-            self._retire(slab)
-        return made
+                slab.users -= 1
+                idle = slab.retired and not slab.users
+            if idle:
+                slab.close()
+
+    def _remove_files(self, number: int) -> None:
+        # Files in a directory that has replaced ours belong to somebody else.
+        if self._folder.is_there():
+            remove_slab_files(self.path, number)
 
     def _retire(self, slab: Slab) -> None:
         with self._lock:

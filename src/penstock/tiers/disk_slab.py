@@ -20,8 +20,10 @@ import numpy as np
 import numpy.typing as npt
 
 from penstock.tiers.disk_device import System
+from penstock.tiers.disk_files import open_file
 from penstock.tiers.disk_format import (
     HEADER_BYTES,
+    MAX_STAMP,
     ROW_BYTES,
     ROW_USED,
     Header,
@@ -33,9 +35,7 @@ from penstock.tiers.disk_format import (
     unpack_header,
 )
 
-__all__ = ["Slab", "create_slab", "load_slab", "open_data", "remove_slab_files"]
-
-_FLAGS = os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW
+__all__ = ["Slab", "create_slab", "load_slab", "open_data", "remove_slab_files", "slab_files_bytes"]
 
 
 class Slab:
@@ -55,6 +55,8 @@ class Slab:
         self.free = np.zeros(self.n_slots, bool)
         """Slots that may be given to a writer."""
         self.n_free = 0
+        self.bad = np.zeros(self.n_slots, bool)
+        """Slots that the device could not read; they stay empty while this slab is open."""
         self.clean = np.zeros(self.n_slots, bool)
         """Slots whose row on disk is known to say free; any other is cleared there before its slot is overwritten."""
         self.base = -1
@@ -75,9 +77,11 @@ class Slab:
         self.rows["check"][slots] = check_rows(self.words[slots], self.header.life, slots)
 
     def drop_torn(self) -> int:
-        """Clear, in memory, every row that is not free and fails its check. Returns how many."""
+        """Clear, in memory, every row that is not free and fails its check, or cannot be. Returns how many."""
         filled = np.flatnonzero(self.words.any(axis=1))
         good = self.rows["check"][filled] == check_rows(self.words[filled], self.header.life, filled)
+        # Tampered with rather than torn: no tier counts that far.
+        good &= self.rows["stamp"][filled] <= MAX_STAMP
         bad = filled[~(good & (self.rows["state"][filled] == ROW_USED))]
         self.words[bad] = 0
         self.clean = ~self.used()
@@ -124,7 +128,7 @@ class Slab:
 
 def open_data(path: Path, direct: bool) -> int:
     """Open a slab's data file, past the page cache if `direct`. Raises OSError."""
-    return os.open(path, _FLAGS | (os.O_DIRECT if direct else 0))
+    return open_file(path, os.O_RDWR | (os.O_DIRECT if direct else 0))
 
 
 def create_slab(system: System, folder: Path, header: Header, data_bytes: int, direct: bool) -> Slab:
@@ -138,11 +142,11 @@ def create_slab(system: System, folder: Path, header: Header, data_bytes: int, d
     fds: list[int] = []
     was_there = data_path.exists()
     try:
-        fds.append(os.open(data_path, _FLAGS | os.O_CREAT, 0o600))
+        fds.append(open_file(data_path, os.O_RDWR | os.O_CREAT))
         if os.fstat(fds[0]).st_size < data_bytes:
             system.fallocate(fds[0], data_bytes)
         size = os.fstat(fds[0]).st_size
-        fds.append(os.open(new_rows, _FLAGS | os.O_CREAT | os.O_TRUNC, 0o600))
+        fds.append(open_file(new_rows, os.O_RDWR | os.O_CREAT | os.O_TRUNC))
         system.fallocate(fds[1], HEADER_BYTES + header.n_slots * ROW_BYTES)
         system.pwrite(fds[1], pack_header(header), 0)
         data_fd = open_data(data_path, direct)
@@ -169,22 +173,26 @@ def load_slab(folder: Path, number: int, salt: int, direct: bool) -> tuple[Slab 
     fds: list[int] = []
     try:
         with contextlib.suppress(FileNotFoundError):
-            fds.append(os.open(folder / rows_name(number), _FLAGS))
-            content = _read_all(fds[0])
-            header = unpack_header(content)
-            if header is not None and header.slab == number and header.salt == salt:
-                return _load(folder, header, content, fds, direct)
-    except OSError:
+            fds.append(open_file(folder / rows_name(number), os.O_RDWR))
+            header = unpack_header(_read(fds[0], 0, HEADER_BYTES))
+            if header is not None and header.slab == number and header.salt == salt and _has_rows(fds[0], header):
+                return _load(folder, header, fds, direct)
+    except BaseException:
         _close(fds)
         raise
     _close(fds)
     return None, 0, 0
 
 
-def _load(folder: Path, header: Header, content: bytes, fds: list[int], direct: bool) -> tuple[Slab | None, int, int]:
+def _has_rows(fd: int, header: Header) -> bool:
+    return os.fstat(fd).st_size >= HEADER_BYTES + header.n_slots * ROW_BYTES
+
+
+def _load(folder: Path, header: Header, fds: list[int], direct: bool) -> tuple[Slab | None, int, int]:
+    content = _read(fds[0], HEADER_BYTES, header.n_slots * ROW_BYTES)
     rows = np.zeros(header.n_slots, row_dtype)
-    held = min(header.n_slots, (len(content) - HEADER_BYTES) // ROW_BYTES)
-    rows[:held] = np.frombuffer(content, row_dtype, held, HEADER_BYTES)
+    held = len(content) // ROW_BYTES
+    rows[:held] = np.frombuffer(content, row_dtype, held)
     path = folder / data_name(header.slab)
     if not path.exists():
         _close(fds)
@@ -201,9 +209,19 @@ def _close(fds: list[int]) -> None:
         os.close(fd)
 
 
-def _read_all(fd: int) -> bytes:
+def _read(fd: int, offset: int, most: int) -> bytes:
     with open(fd, "rb", closefd=False) as file:
-        return file.read()
+        file.seek(offset)
+        return file.read(most)
+
+
+def slab_files_bytes(folder: Path, number: int) -> int:
+    """What a slab's files take, as far as that can be known."""
+    taken = 0
+    for name in (rows_name(number), data_name(number)):
+        with contextlib.suppress(OSError):
+            taken += (folder / name).stat(follow_symlinks=False).st_size
+    return taken
 
 
 def remove_slab_files(folder: Path, number: int) -> None:

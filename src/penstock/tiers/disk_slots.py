@@ -138,12 +138,26 @@ class Slots:
         given = np.array(list(units), np.int64)
         given = given[self.has(given.tolist())]
         for slab, slots, _ in self.places(given, given):
+            slots = slots[~slab.bad[slots]]
+            if not len(slots):
+                continue
             slab.free[slots] = True
             slab.n_free += len(slots)
             self._roomy.setdefault(slab.slot_class, {})[slab.number] = slab
 
+    def spoil(self, units: Iterable[int]) -> None:
+        """Let nobody take these slots again: the device cannot read them. Those whose slab is gone are ignored."""
+        given = np.array(list(units), np.int64)
+        given = given[self.has(given.tolist())]
+        for slab, slots, _ in self.places(given, given):
+            slab.bad[slots] = True
+            slab.free[slots] = False
+            slab.n_free = int(slab.free.sum())
+            if not slab.n_free:
+                self._roomy.get(slab.slot_class, {}).pop(slab.number, None)
+
     def used_bytes(self) -> int:
-        """Bytes of slots that are taken."""
+        """Bytes of slots that are taken, spoiled ones among them."""
         return sum((slab.n_slots - slab.n_free) * slab.stride for slab in self.slabs)
 
     def _units_for(self, n: int) -> int:

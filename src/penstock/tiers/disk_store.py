@@ -44,6 +44,8 @@ _ROWS_APART = 64
 """Rows nearer than a page to each other are written with what lies between them."""
 _READ_ONLY_S = 1.0
 """How long writes are refused after the file system said that it is read-only: each attempt evicts blocks first."""
+_TAKES_NOTHING = (errno.EROFS, errno.ENOSPC, errno.EDQUOT)
+"""What is there can be read on."""
 _SAVE_USES = 8192
 _SAVE_AFTER_S = 30.0
 """Uses are written to the rows after that many, or that long: a restart forgets later ones."""
@@ -126,10 +128,13 @@ class Store:
         """(n,) of Placed."""
         answer = np.full(len(batch), Placed.NO_ROOM, np.uint8)
         stride = stride_of(batch.space.block_bytes)
-        number = self._number(batch.space)
+        writable = self._number(batch.space)
+        number = writable if writable is not None else self.folder.find(batch.space)
+        if number is None:
+            return answer
         names, above = key_list(batch.keys), key_list(batch.parents)
         with self._lock:
-            slot_class = self.index.slots.class_of(stride)
+            slot_class = self.index.slots.class_of(stride) if writable is not None else None
             units = self.index.find(number, names)
             # What the new blocks continue must not leave to make room for them.
             guarded = [unit for unit in {*units, *self.index.find(number, above)} if unit >= 0]
@@ -187,12 +192,19 @@ class Store:
 
     # ---- steps
 
-    def _number(self, space: BlockSpace) -> int:
+    def _number(self, space: BlockSpace) -> int | None:
+        """The space's number; None where the device takes nothing now. What is there can be read, so that is no error.
+
+        Raises TierUnavailable.
+        """
         try:
             if time.monotonic() < self._read_only_until or self.folder.read_only():
-                raise OSError(errno.EROFS, "the file system is read-only")
+                return None
             return self.folder.number(space)
         except OSError as error:
+            if error.errno in _TAKES_NOTHING or error.errno == errno.EIO:
+                self._count_errors(1)
+                return None
             raise TierUnavailable(f"the disk tier cannot write to {self.folder.path}: {error.strerror}") from error
 
     def _write_missing(
@@ -208,15 +220,20 @@ class Store:
         """Write the blocks `missing`, as many as find room, and fill in their answers."""
         units = self.room.find(space, slot_class, stride, [names[i] for i in missing])
         missing = missing[: len(units)]
-        with self._lock:
-            places = self.index.slots.places(units, missing)
-            self._begin([], places)
+        unit_of = dict(zip(missing, units, strict=True))
+        places: list[Place] = []
         codes = np.zeros(len(batch), np.int64)
         try:
+            with self._lock:
+                # Another call may have found meanwhile that a slab's files are gone.
+                alive = self.index.slots.has(units).tolist()
+                answer[missing] = Placed.FAILED
+                missing = [i for i, there in zip(missing, alive, strict=True) if there]
+                places = self.index.slots.places([unit_of[i] for i in missing], missing)
+                self._begin([], places)
             self._clear_rows(places, codes)
             self._move(write_run, places, batch.payloads, codes)
             done = [i for i in missing if codes[i] == 0]
-            unit_of = dict(zip(missing, units, strict=True))
             if errno.EROFS in codes:
                 self._read_only_until = time.monotonic() + _READ_ONLY_S
             answer[missing] = [_placed(int(codes[i])) for i in missing]
@@ -226,8 +243,11 @@ class Store:
                 )
                 self.counts.written_bytes += len(done) * stride
                 self.index.abandon(unit_of[i] for i in missing if codes[i])
+                others = [done[at] for at in set(range(len(done))) - set(mine)]
+                there = self.index.find(space, [names[i] for i in others])
             self._flush(self._places_of(places, {done[at] for at in mine}))
-            answer[[done[at] for at in set(range(len(done))) - set(mine)]] = Placed.PRESENT
+            # Not published: somebody else did so first, or the slab was lost.
+            answer[others] = [Placed.PRESENT if unit >= 0 else Placed.FAILED for unit in there]
         finally:
             with self._lock:
                 self._end(units, places)
@@ -295,14 +315,18 @@ class Store:
     ) -> None:
         good = [i for i in here if codes[i] == 0]
         short = [names[i] for i in here if codes[i] == errno.ENODATA]
+        bad = [i for i in here if codes[i] == errno.EIO]
         with self._lock:
             known = self.index.keys.get(space, {})
             self.index.touch([units[i] for i in good if known.get(names[i]) == units[i]])
             self.counts.read_bytes += len(good) * block_bytes
             self.counts.short_reads += len(short)
             self.counts.errors += len(here) - len(good) - len(short)
-        if short:
-            self._forget(space, short)
+            self.index.slots.spoil(units[i] for i in bad)
+            # Written anew in the meantime, elsewhere: that copy stays.
+            unreadable = [names[i] for i in bad if known.get(names[i]) == units[i]]
+        if short or unreadable:
+            self._forget(space, short + unreadable)
         self._save_now_and_then()
 
     def _forget(self, space: int, names: list[bytes]) -> None:
@@ -360,6 +384,9 @@ class Store:
 
     def _save(self) -> None:
         """Write down when blocks were used and how much was written; a failure is counted, and tried again later."""
+        # Whoever has the directory now may have rows where ours were.
+        if not self.folder.is_there():
+            return
         self._saved_at = time.monotonic()
         with self._lock:
             places = self.index.stamp()
@@ -379,4 +406,4 @@ class Store:
 def _placed(code: int) -> Placed:
     if not code:
         return Placed.STORED
-    return Placed.NO_ROOM if code in (errno.ENOSPC, errno.EDQUOT) else Placed.FAILED
+    return Placed.NO_ROOM if code in _TAKES_NOTHING else Placed.FAILED
