@@ -173,7 +173,7 @@ def ordeal(folder: Path, seed: int, kills: int, mayflies: int) -> Counter[str]:
 
 def test_kill_9_of_keeper_mover_and_clients_never_makes_a_wrong_byte(scale: Scale, tmp_path: Path) -> None:
     pools = scale.of(1, 2)  # at once, one for each processor
-    each, mayflies = scale.of(4, 100), scale.of(1, MAYFLIES)
+    each, mayflies = scale.of(4, 40), scale.of(1, MAYFLIES)
     with ThreadPoolExecutor(pools) as threads:
         pending = [threads.submit(ordeal, tmp_path, 7_000 * (1 + number), each, mayflies) for number in range(pools)]
         kills = sum((one.result() for one in pending), Counter[str]())

@@ -118,6 +118,10 @@ class TierLine:
             return Fetch(self, None, deadline, FetchEnd.NO_TIERS)
         return Fetch(self, connection, deadline, FetchEnd.DEADLINE)
 
+    def expected(self) -> bool:
+        """Whether there is, or was, a mover's socket."""
+        return tier_socket(self.name).exists()
+
     def look(self) -> bool:
         """Whether there is a mover now; a system call or two."""
         try:

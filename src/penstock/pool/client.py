@@ -141,6 +141,10 @@ class Pool:
         """Whether there were tiers below this pool when somebody last asked; with `look`, asks now (a system call)."""
         return self._at.dead is None and (self._tiers.look() if look else self._tiers.present)
 
+    def may_have_tiers(self) -> bool:
+        """Whether it is worth asking: False where there is nothing to ask (microseconds, and waits for nobody)."""
+        return self._at.dead is None and self._tiers.expected()
+
     def locate(self, handle: SpaceHandle, keys: KeyChain, wait_s: float = 0.05) -> Below:
         """Where the blocks of `keys` are: how many are in the pool, and how many more could be fetched from where, by
         when. Waits at most about `wait_s`, for stores on other machines. Leases nothing, never raises."""

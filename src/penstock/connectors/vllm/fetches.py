@@ -67,8 +67,10 @@ class Fetches:
         now = time.monotonic()
         if pool is None or pool.has_tiers() or self._looking or now - self._looked_at_s < _LOOK_AGAIN_S:
             return
-        self._looking, self._looked_at_s = True, now
-        self._threads.submit(self._look, pool)
+        self._looked_at_s = now
+        if pool.may_have_tiers():
+            self._looking = True
+            self._threads.submit(self._look, pool)
 
     def start(self, pool: Pool, wanted: Wanted, wish: Wish) -> Fetching | None:
         """Have blocks brought; None where there are no tiers below this pool, as far as is known."""
