@@ -35,8 +35,8 @@ help: ## list the targets
 demo: $(STAMPS)/demo ## two engine processes share a model's KV through one pool (DEMO_ARGS=...)
 	$(BIN)/penstock demo $(DEMO_ARGS)
 
-test: $(STAMPS)/dev $(STAMPS)/servers ## the tests (TEST_ARGS=...)
-	$(BIN)/python -m pytest -q $(TEST_ARGS)
+test: $(STAMPS)/dev $(STAMPS)/servers ## the tests, two files at a time (TEST_ARGS=...)
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(TEST_ARGS)
 
 test-faults: $(STAMPS)/dev $(STAMPS)/servers ## the fault tests with their full counts
 	PENSTOCK_TEST_SCALE=full $(BIN)/python -m pytest -q -m faults \
