@@ -26,7 +26,7 @@ from penstock.pool.layout import LINE, Geometry
 from penstock.pool.remote import Copied, RemoteReader
 from penstock.testing.pool import Site, block_bytes, chain, make_space, source
 from penstock.types import EventKind, Eviction, Miss
-from tests.stress.mutants import compile_with
+from tests.stress.mutants import compile_with, no_block_back, no_published_back, no_record_back
 from tests.support import unique_name
 
 SMALL = Geometry(unit_bytes=4096, slab_bytes=128 << 10, n_slabs=4, n_lanes=4, leases=48, ring=32, max_spaces=8)
@@ -47,31 +47,16 @@ def copy_lines(address: int, n_bytes: int) -> None:
         line += LINE
 
 
-@inline_kernel
-def no_block(ctx: int, unit: int, length: int) -> None:
-    """A payload that is not written back."""
-
-
-@inline_kernel
-def no_record(ctx: int, unit: int, lo: int, hi: int) -> None:
-    """A record and its directory entry that are not written back."""
-
-
-@inline_kernel
-def no_grant(ctx: int, unit: int) -> None:
-    """A grant that is not written back."""
-
-
 @functools.cache
 def kernels(missing: str = "") -> dict[str, Any]:
     """`apply_commits`, `grant` and `evict` as they are, but for where lines go and for what is missing."""
     names = ("write_back_block", "write_back_published", "write_back_record")
     block, record, granted = compile_with("penstock.pool.publishing", {"write_back_lines": copy_lines}, *names)
     applying = {
-        "write_back_block": no_block if missing == "block" else block,
-        "write_back_published": no_record if missing == "record" else record,
+        "write_back_block": no_block_back if missing == "block" else block,
+        "write_back_published": no_published_back if missing == "record" else record,
     }
-    granting = {"write_back_record": no_grant if missing == "grant" else granted}
+    granting = {"write_back_record": no_record_back if missing == "grant" else granted}
     return {
         "apply_commits": compile_with("penstock.pool.apply", applying, "apply_commits")[0],
         **dict(zip(("grant", "evict"), compile_with("penstock.pool.evict", granting, "grant", "evict"), strict=True)),

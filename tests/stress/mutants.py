@@ -45,6 +45,28 @@ def no_scan(ctx: int, marks: Any) -> None:
     """In the place of the keeper's scan of the lanes: nobody holds anything."""
 
 
+@inline_kernel
+def no_block_back(ctx: int, unit: int, length: int) -> None:
+    """A payload that is not written back."""
+
+
+@inline_kernel
+def no_published_back(ctx: int, unit: int, lo: int, hi: int) -> None:
+    """A record and its directory entry that are not written back."""
+
+
+@inline_kernel
+def no_record_back(ctx: int, unit: int) -> None:
+    """A record that is not written back."""
+
+
+NO_WRITE_BACK: dict[str, dict[str, Any]] = {
+    "apply": {"write_back_block": no_block_back, "write_back_published": no_published_back},
+    "evict": {"write_back_record": no_record_back},
+}
+"""Modules without what they do for memory that is not coherent: those instructions are this machine's."""
+
+
 # name -> module, what is replaced in it, and by what.
 MUTANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "reader's fence": ("penstock.pool.reader", {"fence_full": no_fence}),
