@@ -39,7 +39,7 @@ test: $(STAMPS)/dev $(STAMPS)/servers ## the tests, two files at a time (TEST_AR
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile $(TEST_ARGS)
 
 test-faults: $(STAMPS)/dev $(STAMPS)/servers ## the fault tests with their full counts
-	PENSTOCK_TEST_SCALE=full $(BIN)/python -m pytest -q -m faults \
+	PENSTOCK_TEST_SCALE=full $(BIN)/python -m pytest -q -n 2 --dist loadfile -m faults \
 		-o timeout=1500 -o faulthandler_timeout=1620 $(TEST_ARGS)
 
 test-engines: $(ENGINES_STAMPS)/tests ## the tests on the real vLLM and SGLang's classes, in .venv-engines (TEST_ARGS=...)
