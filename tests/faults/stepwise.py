@@ -18,10 +18,10 @@ from typing import Any
 import numpy as np
 from numba.core.dispatcher import Dispatcher
 
-from penstock.pool import apply, atomics, cells, evict, lookup, recover, survey
+from penstock.pool import apply, atomics, cells, evict, lookup, publishing, recover, survey
 from penstock.pool.segment import Mapping, Segment
 
-KERNELS: tuple[ModuleType, ...] = (apply, cells, evict, lookup, recover, survey)
+KERNELS: tuple[ModuleType, ...] = (apply, cells, evict, lookup, publishing, recover, survey)
 Hook = Callable[[Mapping], None]
 
 
