@@ -47,7 +47,7 @@ def kernel(signature: str) -> Callable[[F], F]:
         if where is None:
             return numba.njit(signature, nogil=True)(fn)  # type: ignore[no-any-return]
         # Loading needs no lock, and processes that start together would wait for each other at every kernel.
-        stamp = where / f".{fn.__module__}.{fn.__qualname__}.compiled"
+        stamp = where / f".{fn.__module__}.{fn.__qualname__}-{_place(fn)}.compiled"
         is_new = not stamp.exists()
         with _exclusive(where) if is_new else nullcontext(), _numba_cache_in(where):
             compiled = numba.njit(signature, nogil=True, cache=True)(fn)
@@ -56,6 +56,11 @@ def kernel(signature: str) -> Callable[[F], F]:
         return compiled  # type: ignore[no-any-return]
 
     return wrap
+
+
+def _place(fn: Callable[..., Any]) -> str:
+    """Stands for the source file: numba keeps the machine code of each checkout by itself."""
+    return hashlib.blake2b(fn.__code__.co_filename.encode(), digest_size=8).hexdigest()
 
 
 @functools.cache
