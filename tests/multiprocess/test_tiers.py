@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import signal
 from collections.abc import Iterator
@@ -23,7 +22,6 @@ from tests.support import (
     contents,
     read,
     small_geometry,
-    tensors,
     until,
     wait_stopped,
 )
@@ -296,20 +294,6 @@ def test_a_pool_that_overflows_leaves_its_blocks_below(tmp_path: Path) -> None:
                 assert np.array_equal(read(lease, handle), contents(keys.array[: len(lease)]))
                 found += len(lease)
         assert found >= 6000 - lost
-
-
-def test_slots_that_waste_much_of_their_slab_are_saved_before_they_leave_too(tmp_path: Path) -> None:
-    """Seven of 128 KiB in a slab of 1 MiB: a full pool holds an eighth less than it has bytes."""
-    wide = dataclasses.replace(SPACE, segment_bytes=(128 << 10) // SPACE.n_segments)
-    keys = [chain(70 + seed, blocks=16) for seed in range(12)]
-    with Keeper(small_geometry(), tiers=[disk(tmp_path / "disk", "write=eviction")]) as keeper, keeper.open() as pool:
-        handle = pool.space(wide)
-        for each in keys:
-            blocks = tensors(contents(each.array, wide.block_bytes), wide)
-            assert pool.store(handle, each, blocks, wait_s=PATIENCE_S).n_blocks == 16
-            assert pool.flush(PATIENCE_S)
-            _wait_saved(keeper)
-        assert (keeper.tier("disk")["blocks"] or 0) > 0
 
 
 @pytest.fixture

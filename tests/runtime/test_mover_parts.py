@@ -18,6 +18,8 @@ from penstock.core.speed import SpeedMeter
 from penstock.core.tiering import Tiering, TierRule
 from penstock.errors import TierTimeout, TierUnavailable
 from penstock.pool.below import Fetch, TierLine
+from penstock.pool.layout import Geometry
+from penstock.pool.stage import Stage
 from penstock.pool.tier_wire import Arrived
 from penstock.pool.wire import encode
 from penstock.runtime.mover import workers as workers_module
@@ -27,12 +29,13 @@ from penstock.runtime.mover.workers import Workers
 from penstock.runtime.mover.writes import PART_BYTES, Writer
 from penstock.runtime.shelf import Shelf
 from penstock.testing.dict_tier import DictTier
+from penstock.testing.pool import Site, make_space
 from penstock.testing.tier_blocks import block_keys, empty, filled, tier_space
 from penstock.tiers.base import Batch, BlockSpace, Keys, Placed
 from penstock.tiers.registry import parse_tier
 from penstock.types import EventKind, FetchEnd, Urgency, WriteRule
 from tests.core.tier_events import ask, chain, root_bytes, tell
-from tests.support import PATIENCE_S, until
+from tests.support import PATIENCE_S, unique_name, until
 
 SPACE = tier_space()
 C, E, T = EventKind.COMMITTED, EventKind.EVICTED, EventKind.TOUCHED
@@ -143,6 +146,18 @@ def test_a_run_goes_in_parts_that_the_tier_takes_in_time() -> None:
     writer._write_parts(slow, batch, placed)
     assert set(placed.tolist()) <= {int(Placed.STORED), int(Placed.PRESENT)}
     assert writer._part_bytes[0] == PART_BYTES or writer._part_bytes[0] > 16 * SPACE.block_bytes, "it grows again"
+
+
+def test_a_full_pool_looks_full_whatever_its_slots_waste() -> None:
+    """Else `write=eviction` would wait for the last eighth of a pool, which never comes."""
+    geometry = Geometry(unit_bytes=4096, slab_bytes=1 << 20, n_slabs=4, n_lanes=4, leases=48, ring=32, max_spaces=8)
+    with Site.opened(unique_name(), geometry) as site:
+        stage = Stage(site.pool)
+        for segment_bytes, slots in ((64 << 10, 7), (256 << 10, 1), (6 << 10, 84)):
+            handle = site.pool.space(make_space(f"of {segment_bytes}", n_segments=2, segment_bytes=segment_bytes))
+            space = stage.space(handle.id)
+            assert space is not None
+            assert 4 * slots * stage.slot_share(space) >= 0.999 * stage.data_bytes
 
 
 # ---- whom to ask
