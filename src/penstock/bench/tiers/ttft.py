@@ -29,7 +29,7 @@ def run(group: Group, scale: Scale) -> Iterator[Result]:
     full = scale.name == "full"
     ratios, shown = {}, []
     for speed in _SPEEDS if full else _SPEEDS[-1:]:
-        times = _measure(speed, n_prompts=4, rounds=9 if full else 1)
+        times = _measure(speed, *((4, 9) if full else (1, 1)))
         best = min(times["always"], times["never"], key=np.median)
         ratios[speed] = (times["auto"] / best).tolist()
         medians = ", ".join(f"{mode} {1e3 * float(np.median(each)):.0f}" for mode, each in times.items())
