@@ -361,6 +361,7 @@ def test_harmed_files_never_give_a_wrong_byte(scale: Scale, tmp_path: Path) -> N
     rng = np.random.default_rng(12)
     folder = tmp_path / "disk"
     chains = [chain(6, number, blocks=16) for number in range(3 * len(HARMS))]
+    lost = damaged = 0
     with Keeper(small_geometry(8 * MIB, lanes=8), tiers=[disk(folder, slab="64K", size="16M")]) as keeper:
         for round_ in range(scale.of(1, 12)):
             _store_again(keeper, chains)
@@ -376,9 +377,12 @@ def test_harmed_files_never_give_a_wrong_byte(scale: Scale, tmp_path: Path) -> N
                 handle = pool.space(SPACE)
                 ends = [fetch(pool, handle, keys) for keys in chains]
                 assert set(ends) <= {FetchEnd.DONE, FetchEnd.ABSENT, FetchEnd.DAMAGED, FetchEnd.READ_FAILED}
-                assert FetchEnd.DONE in ends and ends.count(FetchEnd.DONE) < len(ends)
-                assert keeper.tier("disk")["counters"]["damaged"] > 0
+                assert FetchEnd.DONE in ends
+                lost += len(ends) - ends.count(FetchEnd.DONE)
+                damaged += keeper.tier("disk")["counters"]["damaged"]
             keeper.fsck()
+    # In sum: a file that is harmed may be one that lost its blocks in an earlier round.
+    assert lost > 0 and damaged > 0
 
 
 def _store_again(keeper: Keeper, chains: list[KeyChain]) -> None:
