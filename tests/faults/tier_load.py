@@ -44,15 +44,6 @@ def on_tier(keeper: Keeper, n: int, tier: str = "disk") -> None:
     until(lambda: (keeper.tier(tier)["blocks"] or 0) >= n, f"{n} blocks in {tier}")
 
 
-def replace_pool(keeper: Keeper) -> None:
-    """Restart the pool as after a reboot: nothing is left but what the tiers have."""
-    keeper.stop()
-    keeper.remove()
-    keeper.start()
-    keeper.wait_touched()
-    keeper.tier_report()
-
-
 def displace(pool: penstock.Pool, handle: SpaceHandle, keys: KeyChain, seed: int) -> None:
     """Store other blocks until none of these is in the pool any more."""
     number = 0

@@ -26,6 +26,7 @@ from tests.support import (
     wait_stopped,
 )
 from tests.support import must_store as must_store_part
+from tests.tiered import replace_pool
 
 FETCH_S = 20.0
 """Time for a fetch that is to succeed; a guard against hangs."""
@@ -44,15 +45,6 @@ def keeper(tmp_path: Path) -> Iterator[Keeper]:
 def on_disk(keeper: Keeper, n: int, tier: str = "disk") -> None:
     """Wait until a tier has this many blocks."""
     until(lambda: (keeper.tier(tier)["blocks"] or 0) >= n, f"{n} blocks in {tier}")
-
-
-def replace_pool(keeper: Keeper) -> None:
-    """Restart the pool as after a reboot: nothing is left but what the tiers have."""
-    keeper.stop()
-    keeper.remove()
-    keeper.start()
-    keeper.wait_touched()
-    keeper.tier_report()
 
 
 def must_store(pool: penstock.Pool, handle: SpaceHandle, keys: KeyChain) -> None:
