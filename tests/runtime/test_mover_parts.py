@@ -23,6 +23,7 @@ from penstock.pool.stage import Stage
 from penstock.pool.tier_wire import Arrived
 from penstock.pool.wire import encode
 from penstock.runtime.mover import workers as workers_module
+from penstock.runtime.mover.fetches import Claims, Fetcher, FetchOrder
 from penstock.runtime.mover.places import Places, TierPlace
 from penstock.runtime.mover.watch import _without_overwritten
 from penstock.runtime.mover.workers import Workers
@@ -207,6 +208,48 @@ def test_a_sample_counts_what_others_read_meanwhile() -> None:
     tier.inner = lambda: shelf.read(empty(SPACE, keys[2:]), None, time.monotonic() + PATIENCE_S)
     shelf.read(empty(SPACE, keys[:2]), None, time.monotonic() + PATIENCE_S)
     assert [n_bytes // SPACE.block_bytes for n_bytes, _ in shelf.samples()] == [4, 6]
+
+
+# ---- fetches
+
+
+@pytest.mark.parametrize("brought", [5, 8])
+def test_what_another_fetch_has_just_brought_is_not_read_again(brought: int) -> None:
+    """It arrives, and nobody claims it any more, between this fetch's look at the pool and its own claim."""
+    keys, there = block_keys(SPACE, 1, 8), set[bytes]()
+
+    class Late(FarTier):
+        def holds(self, space: BlockSpace, asked: Keys, deadline: float) -> npt.NDArray[np.bool_]:
+            there.update(key.tobytes() for key in keys[:brought])
+            return super().holds(space, asked, deadline)
+
+    class NoRoom:
+        """A pool in which every reservation is counted, and none is granted."""
+
+        most_slots = 64
+
+        def __init__(self) -> None:
+            self.asked: list[int] = []
+
+        def resident(self, space: Any, keys: Keys) -> npt.NDArray[np.bool_]:
+            return np.array([key.tobytes() in there for key in keys])
+
+        def lease_key(self, space: Any, key: Keys) -> None:
+            return None
+
+        def reserve(self, space: Any, n: int, *rest: Any) -> list[int]:
+            self.asked.append(n)
+            return []
+
+    stage, told = NoRoom(), list[int]()
+    places = Places([place(0, Late("late", True))], Workers([1]))
+    fetcher = Fetcher(cast(Stage, stage), places, Claims(), lambda *_: None, lambda *_: None)
+    order = FetchOrder(cast(Any, SPACE), keys, keys, time.monotonic() + PATIENCE_S, Urgency.FETCH, [0] * 5)
+    outcome = fetcher.fetch(order, told.append, lambda: False)
+    assert (outcome.n, outcome.moved, told) == (brought, 0, [0, brought])
+    assert stage.asked == ([] if brought == 8 else [3])
+    assert outcome.why is (FetchEnd.DONE if brought == 8 else FetchEnd.NO_ROOM)
+    places.workers.stop()
 
 
 # ---- threads

@@ -260,6 +260,13 @@ class _Run:
             if not self._pieces:
                 self._await_other(claimed[0])
             return False
+        absent = self._absent(first, n)
+        self._claims.drop(self._names[first + absent : first + n])
+        if absent == 0:
+            if not self._pieces:
+                self._look()
+            return False
+        n = absent
         reservation, kept = None, 0
         try:
             reservation = self._reserve(n)
@@ -274,6 +281,12 @@ class _Run:
         self._read(tier, first, reservation, self._names[first : first + kept])
         self._next = first + kept
         return order.deadline > time.monotonic()
+
+    def _absent(self, first: int, n: int) -> int:
+        """How many blocks from this one on still have to be brought. Once they are claimed nobody else brings them; who
+        did so before it dropped its claims may have been quicker than this fetch's look."""
+        there = self._stage.resident(self._order.space, self._order.keys[first : first + n])
+        return int(there.argmax()) if there.any() else n
 
     def _reserve(self, n: int) -> Reservation:
         # With pieces on their way it must not wait: their commits give slots back.
