@@ -15,11 +15,14 @@ from typing import Any
 import pytest
 from transformers import PreTrainedModel
 
+import penstock
 from penstock import Miss, chain_keys
 from penstock.connectors import below
-from penstock.connectors.transformers import Connector, FetchMode, RequestOptions
+from penstock.connectors.transformers import Connector, FetchMode, RequestOptions, front
+from penstock.connectors.transformers.generation import prefill
+from penstock.connectors.transformers.support import inspect_model
 from tests.connectors.models import SHAPES, alone, make_model, make_prompt
-from tests.support import Keeper, small_geometry, unique_name, until, wait_stopped
+from tests.support import PATIENCE_S, Keeper, small_geometry, unique_name, until, wait_stopped
 from tests.tiered import damage, replace_pool, tiered_keeper, wait_stored
 
 PROMPTS = [make_prompt(400, seed=seed) for seed in range(1, 4)]
@@ -59,7 +62,8 @@ def slow_keeper(disk: Path, request: pytest.FixtureRequest) -> Iterator[Keeper]:
 
 @contextlib.contextmanager
 def connected(model: PreTrainedModel, keeper: Keeper, **settings: Any) -> Iterator[Connector]:
-    """A connector of an engine that has just started."""
+    """A connector of an engine that has just started, which stores everything, however busy the machine is."""
+    settings.setdefault("save_wait_s", PATIENCE_S)
     with keeper.open() as pool, Connector(model, pool, **settings) as connector:
         yield connector
 
@@ -200,6 +204,100 @@ def test_a_request_may_forbid_it(keeper: Keeper, llama: PreTrainedModel) -> None
         assert ask(connector, longer, fetch=FetchMode.ALWAYS, min_hit_tokens=25 * 16 + 1).hit_tokens == 0
         assert ends(connector) == {"too_little_below": 1}
         assert ask(connector, longer, fetch=FetchMode.ALWAYS, min_hit_tokens=25 * 16).hit_tokens == 25 * 16
+
+
+# ---- the front computed, the back fetched
+
+
+class Narrow:
+    """A connector above a disk that takes a second for a prompt, as is known, and so is said to take the engine. It
+    computes a front just as long as the rest is being read."""
+
+    def __init__(self, keeper: Keeper, connector: Connector, pool: penstock.Pool) -> None:
+        self.keeper, self.connector = keeper, connector
+        self.start = self.stop = 0
+        """The blocks that were ordered last."""
+        self._fetch, pool.fetch = pool.fetch, self._ordered  # type: ignore[method-assign]
+
+    def _ordered(self, handle: Any, keys: Any, *args: Any, start: int = 0, **more: Any) -> Any:
+        self.start, self.stop = start, len(keys)
+        return self._fetch(handle, keys, *args, start=start, **more)
+
+    def compute(self, model: Any, tokens: list[int], cache: Any) -> None:
+        prefill(model, tokens, cache)
+        n_read = N_BLOCKS + self.stop - self.start
+        until(lambda: self.keeper.tier("disk")["counters"]["good"] >= n_read, "the rest was read")
+
+
+@pytest.fixture
+def narrow(disk: Path, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> Iterator[Narrow]:
+    shape = inspect_model(llama)
+    block_bytes = shape.token_bytes * 2 * shape.n_layers * 16
+    with (
+        tiered_keeper(disk, f"bandwidth={N_BLOCKS * block_bytes}") as keeper,
+        keeper.open() as pool,
+        Connector(llama, pool, save_wait_s=PATIENCE_S) as connector,
+    ):
+        assert ask(connector, PROMPTS[1], fetch=FetchMode.ALWAYS).fetched_blocks == N_BLOCKS
+        for _ in range(10):
+            connector._bringer.computed(400, 0, 1.0)
+        narrow = Narrow(keeper, connector, pool)
+        monkeypatch.setattr(front, "prefill", narrow.compute)
+        yield narrow
+
+
+def test_the_front_is_computed_while_the_back_comes(narrow: Narrow, llama: PreTrainedModel) -> None:
+    connector = narrow.connector
+    result = ask(connector, skip_save=False)
+    assert 6 <= narrow.start < 18 < narrow.stop <= N_BLOCKS
+    came = narrow.stop - narrow.start
+    assert (result.front_tokens, result.hit_tokens, result.fetched_blocks) == (16 * narrow.start, 16 * came, came)
+    assert result.tokens == alone(llama, PROMPT, 8)
+    assert connector.counters()["fetch.split"] == 1 and ends(connector) == {"done": 2}
+    assert connector.flush() and connector.counters()["saved_blocks"] == N_BLOCKS + 1 - came
+    again = ask(connector)
+    assert (again.hit_tokens, again.front_tokens, again.fetched_blocks) == (HIT, 0, 0), "it is in the pool now"
+
+
+def test_what_the_pool_has_is_not_computed_for_the_front(narrow: Narrow, llama: PreTrainedModel) -> None:
+    connector = narrow.connector
+    ask(connector, PROMPT[:65], skip_load=True, skip_save=False)
+    assert connector.flush()
+    result = ask(connector, skip_save=False)
+    came = narrow.stop - narrow.start
+    assert 4 < narrow.start < narrow.stop
+    assert (result.front_tokens, result.hit_tokens) == (16 * (narrow.start - 4), 16 * (4 + came))
+    assert result.fetched_blocks == came and result.tokens == alone(llama, PROMPT, 8)
+
+
+@pytest.mark.parametrize("options", [{}, {"skip_save": False, "min_hit_tokens": HIT}])
+def test_a_front_is_not_computed_where_that_is_not_wanted(narrow: Narrow, options: dict[str, Any]) -> None:
+    result = ask(narrow.connector, **options)
+    assert (result.hit_tokens, result.front_tokens) in {(HIT, 0), (0, 0)}
+    assert "fetch.split" not in narrow.connector.counters()
+
+
+def test_load_computes_nothing(narrow: Narrow) -> None:
+    loaded = narrow.connector.load(PROMPT)
+    assert loaded.front_tokens == 0 and "fetch.split" not in narrow.connector.counters()
+
+
+@pytest.mark.parametrize("part", ["prefill", "store"])
+def test_a_front_that_fails_costs_the_hit(
+    narrow: Narrow, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, part: str
+) -> None:
+    def fails(*_: Any) -> None:
+        if part == "prefill":
+            raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(front, part, fails)
+    result = ask(narrow.connector, skip_save=False)
+    assert result.hit_tokens == 0 and bool(result.front_tokens) == (part == "store")
+    assert result.tokens == alone(llama, PROMPT, 8)
+    assert ends(narrow.connector) == {"done": 1, "no_front": 1}
+    assert narrow.connector.flush() and narrow.connector.counters()["saved_blocks"] == N_BLOCKS + 1, (
+        "all the same, it is stored"
+    )
 
 
 # ---- what is not there

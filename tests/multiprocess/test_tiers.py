@@ -364,6 +364,91 @@ def _wait_saved(keeper: Keeper) -> None:
     until(saved, "what was to be written is written")
 
 
+# ---- the front computed, the back fetched
+
+
+@pytest.fixture
+def below_only(keeper: Keeper) -> KeyChain:
+    """A chain of 40 blocks that only the disk has."""
+    keys = chain(17, blocks=40)
+    with keeper.open() as pool:
+        must_store(pool, pool.space(SPACE), keys)
+    on_disk(keeper, 40)
+    replace_pool(keeper)
+    return keys
+
+
+def was_read(keeper: Keeper, n: int) -> None:
+    until(lambda: keeper.tier("disk")["counters"]["good"] == n, f"{n} blocks were read")
+
+
+def idle(keeper: Keeper) -> bool:
+    mover = next(row for row in keeper.stat()["clients"] if row["name"] == "mover")
+    return bool(mover["leases"] == 0 and mover["grants"] == 0)
+
+
+def test_the_back_is_read_ahead_and_published_behind_the_front(keeper: Keeper, below_only: KeyChain) -> None:
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        with pool.fetch(handle, below_only, FETCH_S, start=10) as fetched:
+            was_read(keeper, 30)
+            assert not pool.resident(handle, below_only.array).any() and not fetched.poll()
+            must_store(pool, handle, below_only[:10])
+            assert fetched.wait() is FetchEnd.DONE
+        assert (fetched.arrived, fetched.moved) == (40, 30)
+        assert_resident(pool, handle, below_only)
+    until(lambda: idle(keeper), "the mover gave everything back")
+    keeper.fsck()
+
+
+def test_a_front_that_is_there_already_is_none(keeper: Keeper, below_only: KeyChain) -> None:
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        must_store(pool, handle, below_only[:15])
+        assert pool.flush(PATIENCE_S)
+        fetched = pool.fetch(handle, below_only, FETCH_S, start=10)
+        assert fetched.wait() is FetchEnd.DONE
+        assert (fetched.arrived, fetched.moved) == (40, 25)
+
+
+def test_without_its_front_nothing_arrives_and_nothing_is_held(keeper: Keeper, below_only: KeyChain) -> None:
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        must_store(pool, handle, below_only[:9])
+        late = pool.fetch(handle, below_only, 0.3, start=10)
+        assert late.wait() is FetchEnd.DEADLINE
+        assert (late.arrived, late.moved) == (9, 0)
+        given_up = pool.fetch(handle, below_only, FETCH_S, start=10)
+        until(lambda: not idle(keeper), "it has read something")
+        given_up.cancel()
+        until(lambda: idle(keeper), "the mover gave everything back")
+        assert pool.resident(handle, below_only.array).sum() == 9
+        assert fetch(pool, handle, below_only) is FetchEnd.DONE
+
+
+def test_who_reads_ahead_leaves_room_for_the_front(keeper: Keeper) -> None:
+    """In a pool that is full, and for a chain of which it could not hold a sixteenth unpublished."""
+    keys, others = chain(18, blocks=1500), chain(19, blocks=1500)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        must_store(pool, handle, keys)
+        on_disk(keeper, 1500)
+        must_store(pool, handle, others)
+        on_disk(keeper, 3000)
+        replace_pool(keeper)
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        must_store(pool, handle, others[:1000])
+        with pool.fetch(handle, keys[:1000], FETCH_S, start=400) as fetched:
+            until(lambda: not idle(keeper), "it has read something")
+            must_store(pool, handle, keys[:400])
+            assert fetched.wait() is FetchEnd.DONE
+        assert fetched.moved == 600
+
+
+# ---- the end
+
+
 def test_a_prefetch_goes_on_without_its_owner(keeper: Keeper) -> None:
     keys = chain(15, blocks=100)
     with keeper.open() as pool:
@@ -401,9 +486,4 @@ def test_nothing_is_held_when_all_is_done(keeper: Keeper) -> None:
         fetched = pool.fetch(handle, keys, FETCH_S)
         fetched.cancel()
         assert fetch(pool, handle, keys) is FetchEnd.DONE
-
-    def idle() -> bool:
-        clients = {row["name"]: row for row in keeper.stat()["clients"]}
-        return bool(clients["mover"]["leases"] == 0 and clients["mover"]["grants"] == 0)
-
-    until(idle, "the mover gave everything back")
+    until(lambda: idle(keeper), "the mover gave everything back")

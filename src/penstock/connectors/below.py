@@ -4,6 +4,9 @@ For every connector. The decision compares what the tiers' measured speeds say w
 (`penstock.core.cost`); what comes later than it should is given up in time (`pace.py`), and what arrived by then is
 used. Does not cover when an engine may wait (its connector does).
 
+An engine that can compute the front of a chain while its back comes (`Front`) does so where the two together are
+expected to take less time than either way alone (CacheFlow; `shared/facts.md`).
+
 Before any prefill was measured everything that lies below is fetched: an engine that has just started, on a pool that
 has, is what the tiers are for, and a guess of its speed may be wrong by two orders of magnitude. In return such a fetch
 gets hardly more time than the tiers promise.
@@ -29,10 +32,13 @@ from penstock.core.cost import Part, choose
 from penstock.core.speed import PrefillMeter
 from penstock.pool.below import Below, Fetch
 
-__all__ = ["NOTHING", "Bringer", "Brought", "FetchMode", "Wanted", "Wish"]
+__all__ = ["NOTHING", "Bringer", "Brought", "FetchMode", "Front", "Wanted", "Wish"]
 
 Wanted = Sequence[tuple[SpaceHandle, KeyChain]]
 """The same blocks of a chain as each rank of an engine keeps them; an engine of one rank has one."""
+Front = Callable[[int], bool]
+"""`front(n)` computes those of the chain's first n blocks that are not in the pool, and stores them there. False where
+it could not."""
 
 _ASK_S = 0.25
 """How long the tiers, some of them on other machines, may be asked where blocks are, where nothing says how long."""
@@ -89,17 +95,21 @@ NOTHING = Brought()
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What to fetch: blocks `here` to `end - 1`, for `limit_s` at most."""
+    """What to fetch: blocks `first` to `end - 1`, for `limit_s` at most."""
 
     heres: tuple[int, ...]
-    """What each rank has; `here` is the least of them."""
+    """What each rank has."""
     end: int
     pace: Pace
     limit_s: float
+    front: int = 0
+    """So many of the first blocks are to be in the pool by what the engine has or computes meanwhile."""
+    front_s: float = 0.0
+    """What computing those is expected to take."""
 
     @property
-    def here(self) -> int:
-        return min(self.heres)
+    def first(self) -> int:
+        return max(min(self.heres), self.front)
 
 
 class Bringer:
@@ -128,9 +138,11 @@ class Bringer:
         *,
         give_up: Callable[[], bool] = lambda: False,
         until_s: float = float("inf"),
+        front: Front | None = None,
     ) -> Brought:
         """Have what is worth it of `wanted` brought into the pool, and wait for it: at most until `until_s`, on the
-        monotonic clock. `give_up` says that nobody waits any more. Counts how it ended, as `fetch.*`."""
+        monotonic clock. `give_up` says that nobody waits any more. `front`, of an engine of one rank, is called in this
+        thread while blocks come, if that is expected to be faster. Counts how it ended, as `fetch.*`."""
         if wish.mode is FetchMode.NEVER or not wanted:
             return NOTHING
         now = time.monotonic()
@@ -141,10 +153,10 @@ class Bringer:
         belows = self._ask(pool, wanted, min(deadline, now + self._ask_s(wish)))
         if belows is None:
             return NOTHING
-        plan = self._plan(belows, wanted[0][0].block_tokens, wish, deadline)
+        plan = self._plan(belows, wanted[0][0].block_tokens, wish, deadline, front is not None and len(wanted) == 1)
         if plan is None:
             return Brought(min(below.here for below in belows))
-        return self._fetch(pool, wanted, plan, wish.intent, give_up)
+        return self._fetch(pool, wanted, plan, wish.intent, give_up, front)
 
     # ---- where the blocks are
 
@@ -172,7 +184,9 @@ class Bringer:
 
     # ---- what is worth it
 
-    def _plan(self, belows: list[Below], block_tokens: int, wish: Wish, deadline: float) -> _Plan | None:
+    def _plan(
+        self, belows: list[Below], block_tokens: int, wish: Wish, deadline: float, may_split: bool
+    ) -> _Plan | None:
         """What to fetch; None for nothing, counted."""
         heres = tuple(below.here for below in belows)
         here = min(heres)
@@ -190,26 +204,38 @@ class Bringer:
             return _Plan(heres, end, Pace(until), limit_s)
         if not measured:
             return _Plan(heres, end, Pace(until), min(limit_s, 2 * float(until[-1]) + _UNMEASURED_S))
-        n = self._worth(costs, overhead_s, here, block_tokens, wish)
+        front, n = self._worth(costs, overhead_s, here, block_tokens, wish, may_split)
         if n == 0 or (here + n) * block_tokens < least:
             self._recompute()
             return None
-        pace = Pace(until[: n + 1], self._lost(here, here + n, block_tokens, wish))
-        return _Plan(heres, here + n, pace, limit_s)
+        until, lost = until[front : n + 1] - until[front], self._lost(here + front, here + n, block_tokens, wish)
+        if not front:
+            return _Plan(heres, here + n, Pace(overhead_s + until, lost), limit_s)
+        with self._lock:
+            front_s = float(self._prefill.estimate(front * block_tokens, here * block_tokens))
+        pace = Pace(np.maximum(front_s, overhead_s + until), lost)
+        return _Plan(heres, here + n, pace, limit_s, here + front, front_s)
 
     def _worth(
-        self, costs: npt.NDArray[np.float64], overhead_s: float, here: int, block_tokens: int, wish: Wish
-    ) -> int:
-        """How many of the blocks behind `here` are worth fetching. Those that the engine has by itself must come, too,
-        for the others to follow them."""
+        self,
+        costs: npt.NDArray[np.float64],
+        overhead_s: float,
+        here: int,
+        block_tokens: int,
+        wish: Wish,
+        may_split: bool,
+    ) -> tuple[int, int]:
+        """Of the blocks behind `here`: from which one on, and up to which one, they are worth fetching. Those that the
+        engine has by itself must come, too, for the others to follow them."""
         before = min(len(costs), max(0, wish.have_tokens // block_tokens - here))
         parts = _parts(costs[before:], overhead_s + float(costs[:before].sum()))
         with self._lock:
             choice = choose(
                 here + before, parts, wish.n_tokens, block_tokens, self._prefill.estimate,
-                load_s_per_block=wish.load_s_per_block,
+                load_s_per_block=wish.load_s_per_block, overlap=may_split and not before,
             )  # fmt: skip
-        return before + choice.fetch_blocks if choice.fetch_blocks else 0
+        front = choice.split_at or 0
+        return front, before + front + choice.fetch_blocks if choice.fetch_blocks else 0
 
     def _lost(self, here: int, end: int, block_tokens: int, wish: Wish) -> npt.NDArray[np.float64]:
         """Seconds that computing would take for what a fetch up to `end` still lacks, by how much has arrived."""
@@ -228,22 +254,37 @@ class Bringer:
     # ---- the fetch
 
     def _fetch(
-        self, pool: Pool, wanted: Wanted, plan: _Plan, intent: Intent | None, give_up: Callable[[], bool]
+        self,
+        pool: Pool,
+        wanted: Wanted,
+        plan: _Plan,
+        intent: Intent | None,
+        give_up: Callable[[], bool],
+        front: Front | None,
     ) -> Brought:
         started = time.perf_counter()
         with contextlib.ExitStack() as running:
             fetches = [
-                running.enter_context(pool.fetch(handle, keys[: plan.end], plan.limit_s, intent=intent))
+                running.enter_context(
+                    pool.fetch(handle, keys[: plan.end], plan.limit_s, intent=intent, start=plan.front)
+                )
                 for handle, keys in wanted
             ]
-            end = _wait(fetches, plan, give_up)
+            if plan.front and front is not None:
+                self._counters.add("fetch.split")
+                if not front(plan.front):
+                    self._counters.add("fetch.end.no_front")
+                    return NOTHING
+            # What the fetch did meanwhile it did whether computing took as long as expected or longer.
+            late_s = max(0.0, time.perf_counter() - started - plan.front_s) if plan.front else 0.0
+            end = _wait(fetches, plan, give_up, started + late_s)
         took_s = time.perf_counter() - started
-        moved = sum(_moved(each, here) for each, here in zip(fetches, plan.heres, strict=True))
+        moved = sum(_moved(each, max(here, plan.front)) for each, here in zip(fetches, plan.heres, strict=True))
         brought = Brought(_arrived(fetches), moved)
         self._counters.add(f"fetch.end.{end}")
         self._counters.add("fetch.us", int(1e6 * took_s))
         self._counters.add("fetch.blocks", brought.moved)
-        if end == "done" and brought.moved:
+        if end == "done" and brought.moved and not plan.front:
             self._learn(took_s - plan.pace.total_s)
         return brought
 
@@ -254,9 +295,8 @@ class Bringer:
             self._overhead_s = known + _LEARN * (sample - known)
 
 
-def _wait(fetches: list[Fetch], plan: _Plan, give_up: Callable[[], bool]) -> str:
+def _wait(fetches: list[Fetch], plan: _Plan, give_up: Callable[[], bool], started: float) -> str:
     """Wait until nothing more comes, or is not worth waiting for; says why."""
-    started = time.perf_counter()
     while running := [each for each in fetches if not each.done]:
         if give_up():
             return "called_off"
@@ -264,7 +304,7 @@ def _wait(fetches: list[Fetch], plan: _Plan, give_up: Callable[[], bool]) -> str
         ended = [each for each in fetches if each.done]
         if ended and min(each.arrived for each in running) >= min(each.arrived for each in ended):
             break
-        if not plan.pace.holds(_arrived(fetches) - plan.here, time.perf_counter() - started):
+        if not plan.pace.holds(_arrived(fetches) - plan.first, time.perf_counter() - started):
             return "too_slow"
         running[0].wait(_LOOK_S)
         for each in running[1:]:

@@ -71,18 +71,23 @@ def choose(
     would gain less than the fraction `margin` of recomputing: estimates are not better than that.
 
     With `overlap` the front may be computed while the back comes (CacheFlow; `shared/facts.md`): the two then take as
-    long as the slower one. Blocks that reach behind the last token are not used. Raises ConfigError for negative sizes
-    or costs.
+    long as the slower one. That, too, has to gain the fraction `margin` of what is best without. Blocks that reach
+    behind the last token are not used. Raises ConfigError for negative sizes or costs.
     """
     _check(n_here, parts, n_tokens, block_tokens)
     cost = _Costs(n_here, parts, n_tokens, block_tokens, compute, load_s_per_block)
-    starts, totals = cost.overlapped() if overlap else (np.zeros_like(cost.lengths), cost.sequential())
-    recompute_s, fetch_all_s = float(totals[0]), float(cost.sequential()[-1])
-    best = int(np.argmin(totals))
-    if totals[best] > recompute_s * (1 - margin) or starts[best] == best:
-        best = 0
-    start = int(starts[best]) if best else 0
-    return Choice(best - start, start or None, float(totals[best]), recompute_s, fetch_all_s)
+    totals = cost.sequential()
+    recompute_s, fetch_all_s = float(totals[0]), float(totals[-1])
+    start, stop = 0, int(np.argmin(totals))
+    expected_s = float(totals[stop])
+    if overlap:
+        starts, totals = cost.overlapped()
+        split = int(np.argmin(totals))
+        if totals[split] < expected_s * (1 - margin) and starts[split] < split:
+            start, stop, expected_s = int(starts[split]), split, float(totals[split])
+    if expected_s > recompute_s * (1 - margin):
+        start, stop, expected_s = 0, 0, recompute_s
+    return Choice(stop - start, start or None, expected_s, recompute_s, fetch_all_s)
 
 
 class _Costs:

@@ -105,11 +105,12 @@ class TierLine:
         wait_s: float,
         urgency: Urgency,
         intent: list[int],
+        start: int = 0,
     ) -> Fetch:
         """Start bringing blocks. Returns at once."""
         wait_s = _bounded(wait_s)
         deadline = time.monotonic() + wait_s
-        question = FetchOf(uuid, space, keys[:MAX_KEYS].tobytes(), parent, wait_s, urgency, intent)
+        question = FetchOf(uuid, space, keys[:MAX_KEYS].tobytes(), parent, wait_s, urgency, intent, start)
         try:
             connection = self._send(question, min(deadline, time.monotonic() + _SEND_S))
         except (TimeoutError, BlockingIOError):

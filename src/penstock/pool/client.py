@@ -161,17 +161,20 @@ class Pool:
         *,
         intent: Intent | None = None,
         urgency: Urgency = Urgency.FETCH,
+        start: int = 0,
     ) -> Fetch:
         """Start bringing the blocks of `keys` that are not in the pool from the tiers below it; returns at once.
 
         It ends within `deadline_s` seconds. What did not arrive by then is left out, and the engine recomputes from
-        there: `match` tells how far. A prefetch (`urgency`) goes on when the returned object is dropped. Never raises.
+        there: `match` tells how far. A prefetch (`urgency`) goes on when the returned object is dropped. Blocks before
+        `start` are the caller's to store meanwhile: the others are read at once, and published behind those. Never
+        raises.
         """
         at = self._at
         if at.dead is not None:
             return Fetch(self._tiers, None, 0.0, FetchEnd.NO_TIERS)
         said = self._intents.of(intent)
-        return self._tiers.fetch(at.uuid, handle.id, keys.array, bytes(keys.parent), deadline_s, urgency, said)
+        return self._tiers.fetch(at.uuid, handle.id, keys.array, bytes(keys.parent), deadline_s, urgency, said, start)
 
     def adopt(self, data: bytes) -> Lease:
         """Take a lease of one's own on the blocks of another process's lease (`Lease.handover`).

@@ -71,6 +71,9 @@ class FetchOf(msgspec.Struct, frozen=True, tag="fetch", forbid_unknown_fields=Tr
     urgency: int
     intent: list[int]
     """session, tenant, priority, ttl_ms, deadline_ms, as a commit carries them."""
+    start: int = 0
+    """The asker itself puts the blocks before this one into the pool. The others are read meanwhile, and published
+    behind those."""
 
 
 class Arrived(msgspec.Struct, frozen=True, tag="arrived", forbid_unknown_fields=True):

@@ -29,6 +29,7 @@ from penstock.connectors.below import Bringer, FetchMode, Wish
 from penstock.connectors.counters import Counters
 from penstock.connectors.transformers.attachment import Attachment
 from penstock.connectors.transformers.cache import KvShape, ReservedCache, snapshot_of
+from penstock.connectors.transformers.front import FrontOf
 from penstock.connectors.transformers.generation import Watch, check_generation, fresh_kwargs
 from penstock.connectors.transformers.saver import SaveJob, Saver
 from penstock.connectors.transformers.spaces import SpaceSource
@@ -67,15 +68,18 @@ class RequestOptions:
 
 @dataclass(frozen=True, slots=True)
 class Loaded:
-    """A cache that holds the first `hit_tokens` tokens of a request."""
+    """A cache that holds the first tokens of a request."""
 
     cache: ReservedCache
     hit_tokens: int
+    """Tokens in it that came from the pool."""
     miss: Miss
     """Why the hit is not longer; NONE if it is as long as a hit can be (at least one token is always
     computed)."""
     fetched_blocks: int = 0
     """Blocks that were brought for it from a tier below the pool."""
+    front_tokens: int = 0
+    """Tokens in it that were computed while others came from below; `load` computes none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,6 +96,25 @@ class GenerationResult:
     total_s: float
     fetched_blocks: int = 0
     """Blocks that were brought for it from a tier below the pool."""
+    front_tokens: int = 0
+    """The first tokens behind what the pool had, computed while those blocks came."""
+
+
+@dataclass(slots=True)
+class _Filling:
+    """A cache being filled for one request."""
+
+    cache: ReservedCache
+    pool: Pool
+    handle: SpaceHandle
+    tokens: list[int]
+    options: RequestOptions
+    job: SaveJob | None
+    """Where the front of the prompt may be computed: what stores it."""
+    n_blocks: int = 0
+    """Blocks that the cache holds."""
+    front: FrontOf | None = None
+    fetched: int = 0
 
 
 class Connector:
@@ -133,6 +156,7 @@ class Connector:
         )
         self._bringer = Bringer(self._counters, fetch_deadline_s)
         self._attachment = Attachment(pool, name, self._counters)
+        self._save_wait_s = save_wait_s
         self._saver = Saver(self._counters, max_requests=max_saving, wait_s=save_wait_s)
         self._attachment.prepare(self._spaces.current(), self._label)
 
@@ -167,7 +191,7 @@ class Connector:
         started = time.perf_counter()
         tokens = _one_request(input_ids)
         check_generation(self._model, len(tokens), max_new_tokens, self._max_positions, generate_kwargs)
-        loaded, job = self._load(tokens, len(tokens) + max_new_tokens, options)
+        loaded, job = self._load(tokens, len(tokens) + max_new_tokens, options, may_compute=True)
         filled = time.perf_counter()
         watch = Watch(len(tokens), lambda ids: self._watched(job, loaded.cache, ids))
         prompt = torch.tensor([tokens])
@@ -178,7 +202,8 @@ class Connector:
             **fresh_kwargs(prompt, watch, generate_kwargs),
         )
         ended = time.perf_counter()
-        self._bringer.computed(len(tokens) - loaded.hit_tokens, loaded.hit_tokens, (watch.first_s or ended) - filled)
+        there = loaded.hit_tokens + loaded.front_tokens
+        self._bringer.computed(len(tokens) - there, there, (watch.first_s or ended) - filled)
         result = GenerationResult(
             tokens=output[0, len(tokens) :].tolist(),
             prompt_tokens=len(tokens),
@@ -187,6 +212,7 @@ class Connector:
             ttft_s=(watch.first_s or ended) - started,
             total_s=ended - started,
             fetched_blocks=loaded.fetched_blocks,
+            front_tokens=loaded.front_tokens,
         )
         self._report(result, job)
         return result
@@ -252,81 +278,99 @@ class Connector:
     def __exit__(self, *exc_info: object) -> None:
         self.close()
 
-    def _load(self, tokens: list[int], capacity: int, options: RequestOptions) -> tuple[Loaded, SaveJob | None]:
+    def _load(
+        self, tokens: list[int], capacity: int, options: RequestOptions, *, may_compute: bool = False
+    ) -> tuple[Loaded, SaveJob | None]:
         """The loaded cache, and the job that saves what is computed into it."""
         check_mode(self._model)
         cache = ReservedCache(self._shape, _round_up(capacity, self._block_tokens))
         if options.skip_load and options.skip_save:
-            return self._loaded(cache, 0, Miss.SKIPPED), None
+            return self._loaded(cache, Miss.SKIPPED), None
         space = self._spaces.current()
         found = self._attachment.handle(space, self._label)
         if isinstance(found, Miss):
-            return self._loaded(cache, 0, found), None
-        n_blocks, miss, fetched = self._fill(cache, *found, tokens, options)
-        job = None
-        if not options.skip_save:
-            look_first = miss not in _SEEN_MISSING
-            job = SaveJob(*found, options.intent, list(tokens), n_saved=n_blocks, look_first=look_first)
-            job.n_wanted = n_blocks
-        return self._loaded(cache, n_blocks, miss, fetched), job
+            return self._loaded(cache, found), None
+        job = None if options.skip_save else SaveJob(*found, options.intent, list(tokens), n_saved=0, look_first=True)
+        # Where a hit is wanted long or not at all, it is not made shorter.
+        may_split = may_compute and not options.min_hit_tokens
+        filling = _Filling(cache, *found, tokens, options, job if may_split else None)
+        miss = self._fill(filling)
+        n_blocks = filling.n_blocks
+        if job is not None:
+            # A front that found no room is tried again, like everything that did not.
+            stored = filling.front is None or job.n_saved == filling.front.n_blocks
+            job.n_saved, job.n_wanted = n_blocks if stored else job.n_saved, n_blocks
+            job.look_first = not stored or miss not in _SEEN_MISSING
+        front_blocks = 0 if filling.front is None else filling.front.n_blocks - filling.front.hit_blocks
+        return self._loaded(cache, miss, n_blocks - front_blocks, filling.fetched, front_blocks), job
 
-    def _fill(
-        self,
-        cache: ReservedCache,
-        pool: Pool,
-        handle: SpaceHandle,
-        tokens: list[int],
-        options: RequestOptions,
-    ) -> tuple[int, Miss, int]:
-        """Copy the prefix into `cache`: how many blocks, why not more, and how many of them had to be fetched."""
-        fetched = 0
+    def _fill(self, filling: _Filling) -> Miss:
+        """Copy the prefix into the cache; says why not more."""
+        options = filling.options
         if options.skip_load:
-            return 0, Miss.SKIPPED, fetched
+            return Miss.SKIPPED
+        pool, handle, cache, tokens = filling.pool, filling.handle, filling.cache, filling.tokens
         # The last token is always computed: its logits are what the first new token is drawn from.
         keys = chain_keys(handle.space, tokens[: len(tokens) - 1])
         try:
             lease = pool.match(handle, keys, intent=options.intent)
             if len(lease) < len(keys) and lease.miss is Miss.ABSENT:
-                lease, fetched = self._bring(pool, handle, keys, lease, len(tokens), options)
+                lease = self._bring(filling, keys, lease)
             with lease:
                 if len(lease) * self._block_tokens < options.min_hit_tokens:
-                    return 0, Miss.SKIPPED, fetched
-                n_blocks, miss = self._gather(cache, lease)
+                    return Miss.SKIPPED
+                n_blocks, miss = self._gather(cache, lease, filling.n_blocks)
         except Exception as error:  # noqa: BLE001 - the border to the pool: even its bugs cost only the hit
-            return 0, self._attachment.failed(error), fetched
+            cache.show(filling.n_blocks * self._block_tokens)
+            return self._attachment.failed(error)
         if n_blocks * self._block_tokens < options.min_hit_tokens:
-            return 0, miss, fetched
+            return miss
+        filling.n_blocks = n_blocks
         cache.show(n_blocks * self._block_tokens)
-        return n_blocks, miss, fetched
+        return miss
 
-    def _bring(
-        self, pool: Pool, handle: SpaceHandle, keys: KeyChain, lease: Lease, n_tokens: int, options: RequestOptions
-    ) -> tuple[Lease, int]:
-        """The same lease, or a longer one after blocks came from below, and how many came. What is leased stays so
-        meanwhile."""
-        wish = Wish(n_tokens=n_tokens, mode=options.fetch, min_hit_tokens=options.min_hit_tokens, intent=options.intent)
+    def _bring(self, filling: _Filling, keys: KeyChain, lease: Lease) -> Lease:
+        """The same lease, or a longer one after blocks came from below. What is leased stays so meanwhile."""
+        options, pool, handle = filling.options, filling.pool, filling.handle
+        wish = Wish(
+            n_tokens=len(filling.tokens), mode=options.fetch, min_hit_tokens=options.min_hit_tokens,
+            intent=options.intent,
+        )  # fmt: skip
+        if filling.job is not None:
+            filling.front = FrontOf(
+                self._model, self._shape, filling.cache, filling.job, lambda: self._gather(filling.cache, lease)[0],
+                self._bringer.computed, self._counters, self._save_wait_s,
+            )  # fmt: skip
         try:
-            brought = self._bringer.bring(pool, [(handle, keys)], wish)
+            brought = self._bringer.bring(pool, [(handle, keys)], wish, front=filling.front)
         except BaseException:
             lease.release()
             raise
+        finally:
+            filling.n_blocks = 0 if filling.front is None else filling.front.n_blocks
+        filling.fetched = brought.moved
         if brought.n_blocks <= len(lease):
-            return lease, brought.moved
+            return lease
         with lease:
-            return pool.match(handle, keys, intent=options.intent), brought.moved
+            return pool.match(handle, keys, intent=options.intent)
 
-    def _gather(self, cache: ReservedCache, lease: Lease) -> tuple[int, Miss]:
-        """A short copy leaves garbage behind the blocks that are good; it is never shown."""
-        n_blocks = len(lease)
-        if n_blocks:
-            n_blocks = lease.gather(cache.reserved().tensor_map(0, n_blocks, self._block_tokens))
+    def _gather(self, cache: ReservedCache, lease: Lease, first: int = 0) -> tuple[int, Miss]:
+        """Copy what is leased into the cache, but for the first blocks, which it holds: how many it holds then, and
+        why not more. A short copy leaves garbage behind the blocks that are good; it is never shown."""
+        n_blocks = first
+        if len(lease) > first:
+            wanted = cache.reserved().tensor_map(first, len(lease), self._block_tokens)
+            n_blocks += lease.gather(wanted, blocks=slice(first, None))
         return n_blocks, Miss(lease.miss)
 
-    def _loaded(self, cache: ReservedCache, n_blocks: int, miss: Miss, fetched: int = 0) -> Loaded:
+    def _loaded(
+        self, cache: ReservedCache, miss: Miss, n_blocks: int = 0, fetched: int = 0, front_blocks: int = 0
+    ) -> Loaded:
+        """A cache with `n_blocks` blocks from the pool and `front_blocks` that were computed."""
         self._counters.add("requests")
         self._counters.add("hit_tokens", n_blocks * self._block_tokens)
         self._counters.add(f"miss.{miss.name.lower()}")
-        return Loaded(cache, n_blocks * self._block_tokens, miss, fetched)
+        return Loaded(cache, n_blocks * self._block_tokens, miss, fetched, front_blocks * self._block_tokens)
 
     def _watched(self, job: SaveJob | None, cache: ReservedCache, ids: torch.Tensor) -> None:
         """After every new token: ask for the blocks that became full."""
@@ -339,11 +383,13 @@ class Connector:
 
     def _report(self, result: GenerationResult, job: SaveJob | None) -> None:
         _log.info(
-            "prompt_tokens=%d hit_tokens=%d miss=%s fetched_blocks=%d new_tokens=%d save_blocks=%d ttft_ms=%.1f",
+            "prompt_tokens=%d hit_tokens=%d miss=%s fetched_blocks=%d front_tokens=%d new_tokens=%d save_blocks=%d "
+            "ttft_ms=%.1f",
             result.prompt_tokens,
             result.hit_tokens,
             result.miss.name.lower(),
             result.fetched_blocks,
+            result.front_tokens,
             len(result.tokens),
             0 if job is None else job.n_wanted - result.hit_tokens // self._block_tokens,
             1e3 * result.ttft_s,

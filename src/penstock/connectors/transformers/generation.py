@@ -5,6 +5,7 @@ Covers which calls fit one plain cache of one sequence. Does not cover loading a
 
 from __future__ import annotations
 
+import inspect
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -14,7 +15,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 
 from penstock.errors import Refused
 
-__all__ = ["Watch", "check_generation", "fresh_kwargs"]
+__all__ = ["Watch", "check_generation", "fresh_kwargs", "prefill"]
 
 # Settings of `generate` that need more than one sequence, or take tokens back.
 _SINGLE = ("num_beams", "num_return_sequences")
@@ -49,6 +50,14 @@ class Watch(StoppingCriteria):
             self.first_s = time.perf_counter()
         self._on_tokens(input_ids[0])
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
+def prefill(model: Any, tokens: list[int], cache: Any) -> None:
+    """Compute these tokens behind those that the cache holds, into it."""
+    # Of their logits none is wanted, and one is the least that can be had.
+    least = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(model.forward).parameters else {}
+    with torch.no_grad():
+        model(input_ids=torch.tensor([tokens]), past_key_values=cache, use_cache=True, **least)
 
 
 def check_generation(

@@ -21,7 +21,7 @@ from penstock.connectors.transformers.cache import Snapshot
 from penstock.errors import PenstockError
 from penstock.identity import KeyChain
 
-__all__ = ["SaveJob", "Saver"]
+__all__ = ["SaveJob", "Saver", "store"]
 
 _log = logging.getLogger("penstock.connector")
 
@@ -151,7 +151,7 @@ def _run(queue: _Queue, counters: Counters, wait_s: float) -> None:
         job, snapshot, n_blocks = taken
         started = time.perf_counter()
         try:
-            _store(job, snapshot, n_blocks, counters, wait_s)
+            store(job, snapshot, n_blocks, counters, wait_s)
         except PenstockError as error:
             _give_up(counters, n_blocks - job.n_saved, error)
         except Exception as error:  # noqa: BLE001 - the thread's boundary: a bug must not end all saving
@@ -166,7 +166,9 @@ def _give_up(counters: Counters, n_blocks: int, error: Exception) -> None:
     _log.debug("%d blocks were not stored: %s", n_blocks, error)
 
 
-def _store(job: SaveJob, snapshot: Snapshot, n_blocks: int, counters: Counters, wait_s: float) -> None:
+def store(job: SaveJob, snapshot: Snapshot, n_blocks: int, counters: Counters, wait_s: float) -> None:
+    """Store what is not stored of a request's first `n_blocks` blocks, in this thread: the saver's, or that of who has
+    not given it this job yet. Raises PenstockError."""
     keys = _keys(job, n_blocks)
     if job.look_first:
         with job.pool.match(job.handle, keys[:n_blocks], intent=job.intent) as lease:

@@ -4,6 +4,9 @@ A fetch works through its chain in pieces, a few at once: reserve slots, let a t
 commit in the chain's order. While it lasts, the block before the next one is leased, so that what arrives has a parent
 to hang on. A block that turns out to be damaged, unreadable or gone is looked for in the other tiers; where none has it
 the fetch ends, and the engine computes from there. Two fetches never read the same block at once: the later one waits.
+
+An engine that computes the front of a chain while its back is fetched (`FetchOrder.start`) has it read without waiting
+for the front: only its commit does.
 """
 
 from __future__ import annotations
@@ -36,12 +39,18 @@ Keys = npt.NDArray[np.uint64]
 PIECE_BYTES = 8 << 20
 """A piece is read, verified and committed as one: large enough to fill a device, small enough to give up."""
 PIECES_AT_ONCE = 3
+_PIECES_AHEAD = 8
+_SHARE_AHEAD = 1 / 64
+"""As many, and as much of the pool, may be read before the blocks that they follow are there. Who stores those needs
+room, too, and of a class of slots no more than a thirty-second is granted at a time."""
 _RESTARTS = 4
 _U64 = (1 << 64) - 1
 _DOUBT_S = 1.0
 """How often a fetch whose tier hangs asks the others."""
 _WAIT_S = 0.02
 """How often a waiting fetch looks whether its client is still there."""
+_ROOT_S = 0.002
+"""How often it looks for the block that what it read is to follow: the keeper, which takes that in, tells nobody."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +64,8 @@ class FetchOrder:
     urgency: Urgency
     said: list[int]
     """session, tenant, priority, ttl_ms, deadline_ms."""
+    start: int = 0
+    """Whoever ordered this puts the blocks before this one into the pool."""
 
 
 @dataclass(slots=True)
@@ -156,7 +167,8 @@ class Fetcher:
 
 
 class _Run:
-    """One fetch. `_at`: blocks before it are in the pool; pieces cover `_at` to `_next`."""
+    """One fetch. `_at`: blocks before it are in the pool, or, until `_rooted`, still with who ordered it; pieces cover
+    `_at` to `_next`."""
 
     def __init__(
         self, stage: Stage, places: Places, claims: Claims, order: FetchOrder, tell: Callable[[int], None],
@@ -169,6 +181,7 @@ class _Run:
         self._space = as_tiers_know_it(order.space)
         self._names = [key.tobytes() for key in order.keys]
         self._at = self._next = 0
+        self._rooted = False
         self._told = -1
         self._pieces: deque[_Piece] = deque()
         self._where = np.zeros(0, np.int64)  # tier of each block from `_where_from` on
@@ -192,7 +205,8 @@ class _Run:
                     self._finish_oldest()
             why = FetchEnd.DONE if self._at == len(self._names) else self._stop or FetchEnd.ABSENT
             tier = self._trouble[1] if why in (FetchEnd.READ_FAILED, FetchEnd.DAMAGED) else ""
-            return Outcome(self._at, why, self._moved, tier)
+            n = self._at if self._rooted else self._here(self._order.space, self._order.keys)
+            return Outcome(n, why, self._moved, tier)
         finally:
             self._abandon_all()
             self._release()
@@ -201,13 +215,20 @@ class _Run:
 
     def _look(self) -> None:
         """Find out what is in the pool, hold the last of it, and ask the tiers for the rest."""
-        order = self._order
-        self._at = self._next = self._here(order.space, order.keys)
+        here = self._here(self._order.space, self._order.keys)
+        self._at = self._next = max(here, self._order.start)
+        self._rooted = False
         self._release()
-        if self._at:
-            self._hold = self._stage.lease_key(order.space, order.keys[self._at - 1 : self._at])
-        self._say()
+        if here >= self._order.start:
+            self._take_root()
         self._locate()
+
+    def _take_root(self) -> None:
+        """The blocks before `_at` are in the pool: see to it that the last of them stays."""
+        self._rooted = True
+        if self._at:
+            self._hold = self._stage.lease_key(self._order.space, self._order.keys[self._at - 1 : self._at])
+        self._say()
 
     def _locate(self) -> None:
         keys = self._order.keys[self._at :]
@@ -230,7 +251,8 @@ class _Run:
 
     def _fill(self) -> None:
         """Start pieces until enough are on their way. Ends the fetch where nothing can be started or waited for."""
-        while len(self._pieces) < PIECES_AT_ONCE and self._next < len(self._names):
+        most = PIECES_AT_ONCE if self._rooted else _PIECES_AHEAD
+        while len(self._pieces) < most and self._next < len(self._names):
             if self._over():
                 return
             if self._tier_of(self._next) < 0:
@@ -253,6 +275,10 @@ class _Run:
         """Start the next piece. False if it has to wait for what is on its way already."""
         order, first = self._order, self._next
         most = max(1, min(PIECE_BYTES // self._space.block_bytes, self._stage.most_slots // 4))
+        if not self._rooted:
+            most = min(most, self._ahead())
+            if most < 1:
+                return False
         n = self._run_length(first, most)
         claimed = self._names[first : first + n]
         n = self._claims.take(claimed)
@@ -281,6 +307,11 @@ class _Run:
         self._read(tier, first, reservation, self._names[first : first + kept])
         self._next = first + kept
         return order.deadline > time.monotonic()
+
+    def _ahead(self) -> int:
+        """How many more blocks may be read ahead of the blocks that they follow; the first always."""
+        most = int(_SHARE_AHEAD * self._stage.data_bytes) // self._stage.slot_share(self._order.space)
+        return max(1, most) - (self._next - self._at)
 
     def _absent(self, first: int, n: int) -> int:
         """How many blocks from this one on still have to be brought. Once they are claimed nobody else brings them; who
@@ -352,6 +383,8 @@ class _Run:
             if self._better_elsewhere(piece):
                 self._look_elsewhere(piece, Got.FAILED)
                 return
+        if not self._await_root():
+            return
         got = piece.got
         if got is None:
             got = np.full(len(piece), Got.FAILED, np.uint8)
@@ -371,6 +404,18 @@ class _Run:
             self._look_elsewhere(piece, Got(int(got[n])))
         elif arrived:
             self._avoid, self._trouble = frozenset(), (FetchEnd.ABSENT, "")
+
+    def _await_root(self) -> bool:
+        """Wait for the blocks that the oldest piece is to follow, and read on meanwhile as far as there is room. False
+        where they do not come in time."""
+        parent = slice(self._order.start - 1, self._order.start)
+        while not self._rooted and not self._over():
+            if self._here(self._order.space, self._order.keys[parent]):
+                self._take_root()
+            else:
+                self._fill()
+                time.sleep(_ROOT_S)
+        return self._rooted
 
     def _better_elsewhere(self, piece: _Piece) -> bool:
         """Whether the piece's tier hangs while another has the block. One that is only slow looks the same for a while,

@@ -244,6 +244,8 @@ class Service:
         parent = _keys(message.parent)
         if len(parent) != 1 or len(message.intent) != 5 or not all(-_HALF <= word < _HALF for word in message.intent):
             raise PenstockError("a fetch names one parent, and an intent of five numbers of 64 bits")
+        if not 0 <= message.start < len(keys):
+            raise PenstockError("a fetch starts at one of its blocks")
         prefetch = message.urgency == Urgency.PREFETCH
         order = FetchOrder(
             space,
@@ -252,6 +254,7 @@ class Service:
             deadline,
             Urgency.PREFETCH if prefetch else Urgency.FETCH,
             message.intent,
+            message.start,
         )
         return self._fetcher.fetch(
             order, lambda n: guest.send(Arrived(n)), lambda: guest.gone.is_set() and not prefetch
