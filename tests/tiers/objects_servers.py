@@ -32,8 +32,10 @@ class WeedServer(Daemon):
 
     name = "weed"
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, tls: tuple[Path, Path, Path] | None = None) -> None:
+        """`tls`: the authority's certificate, the server's, and its key; they go to clients of `tls_endpoint`."""
         super().__init__(folder)
+        self.tls, self.tls_port = tls, free_port()
         self.move()
         (folder / "data").mkdir()
         right = {"accessKey": KEY_ID, "secretKey": SECRET}
@@ -56,12 +58,21 @@ class WeedServer(Daemon):
     def endpoint(self) -> str:
         return f"http://{LOOPBACK}:{self.port}"
 
+    @property
+    def tls_endpoint(self) -> str:
+        return f"https://{LOOPBACK}:{self.tls_port}"
+
     def command(self) -> Sequence[str]:
         ports = [
             option
             for name, (port, grpc) in self.ports.items()
             for option in (f"-{name}.port={port}", f"-{name}.port.grpc={grpc}")
         ]
+        if self.tls is not None:
+            _, certificate, key = self.tls
+            ports += [
+                f"-s3.port.https={self.tls_port}", f"-s3.cert.file={certificate}", f"-s3.key.file={key}"
+            ]  # fmt: skip
         return [
             need_weed(), "server", f"-dir={self.folder / 'data'}", f"-ip={LOOPBACK}", f"-ip.bind={LOOPBACK}", *ports,
             "-filer", f"-filer.localSocket={self.folder / 'f'}", "-s3", f"-s3.localSocket={self.folder / 's'}",

@@ -6,6 +6,7 @@ import itertools
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -27,6 +28,7 @@ from tests.tiers.objects_servers import (
     need_weed,
     store,
 )
+from tests.tiers.servers import make_certificates
 
 obstore = pytest.importorskip("obstore", reason="obstore is not installed (extra `objects`)")
 
@@ -115,7 +117,7 @@ def test_a_server_that_was_killed(weed: WeedServer, prefix: str) -> None:
     weed.kill()
     for call in calls_of(tier, 5.0):
         before = time.monotonic()
-        assert "check the endpoint, and that the server runs" in refused(call)
+        assert "check the endpoint, that the server runs" in refused(call)
         assert time.monotonic() - before < 5.0
     weed.start()
     must_read(tier)
@@ -293,3 +295,25 @@ def test_closing_ends_calls_that_hang(relay: Relay, prefix: str) -> None:
     tier.close()
     thread.join(20.0)
     assert [type(each) for each in raised] == [TierUnavailable]
+
+
+# ---- TLS
+
+
+def test_tls_needs_a_known_authority(
+    tmp_path: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    need_weed()
+    certificates = make_certificates(tmp_path)
+    (tmp_path / "other").mkdir()
+    other, *_ = make_certificates(tmp_path / "other")
+    with WeedServer(tmp_path_factory.mktemp("weed"), tls=certificates) as server:
+        address = f"s3://{BUCKET}/tls?endpoint={server.tls_endpoint}"
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificates[0]))
+        known = open_tier(parse_tier(address))
+        must_write(known)
+        must_read(known)
+        monkeypatch.setenv("SSL_CERT_FILE", str(other))
+        unknown = open_tier(parse_tier(address))
+        assert all("SSL_CERT_FILE" in refused(call) for call in calls_of(unknown, 10.0))
+        must_read(known)
