@@ -53,7 +53,7 @@ def remedies(access: str) -> dict[str, str]:
     return {
         "access": access,
         "bucket": "the bucket does not exist: create it, or correct its name",
-        "reach": "check the endpoint, that the server runs, and over https that its certificate is trusted (SSL_CERT_FILE)",
+        "reach": "check the endpoint, that the server runs, and that its certificate is trusted (SSL_CERT_FILE)",
         "request": "check the bucket's name, region and endpoint",
     }
 
