@@ -223,10 +223,19 @@ class Authority:
 
     def touched_slabs(self) -> int:
         """Slabs, from the first, whose memory is allocated and touched: only those are given to a class."""
-        return int(peek(self.header(layout.H_TOUCHED))) // self.geometry.slab_bytes
+        return self.touched_bytes // self.geometry.slab_bytes
+
+    @property
+    def touched_bytes(self) -> int:
+        """Bytes of the data, from the first, that are allocated and touched."""
+        return int(peek(self.header(layout.H_TOUCHED)))
 
     def set_touched(self, n_bytes: int) -> None:
         poke(self.header(layout.H_TOUCHED), n_bytes)
+
+    def sign(self, pid: int) -> None:
+        """Say in the header which process serves."""
+        poke(self.header(layout.H_KEEPER_PID), pid)
 
     def assign_slab(self, slab: int, slot_class: int) -> None:
         """Give an unassigned slab to a class and put its slots on the free list."""

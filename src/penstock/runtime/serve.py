@@ -2,6 +2,9 @@
 
 One thread. It sleeps in `select` until a client rings, a socket speaks, the pre-toucher reports, or a second is over
 (when it looks for clients that died without closing their sockets).
+
+Loading the kernels takes a second, for the mover as for the keeper. So the keeper's are imported in here, once the
+mover was started.
 """
 
 from __future__ import annotations
@@ -17,20 +20,20 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from penstock.errors import ConfigError, KeeperRunning
-from penstock.pool import layout
 from penstock.pool import segment as segments
-from penstock.pool.cells import peek, poke
-from penstock.pool.coherence import need_instructions
 from penstock.pool.layout import Geometry
 from penstock.pool.locks import KEEPER_BYTE, ByteLock
 from penstock.pool.wire import socket_path
-from penstock.runtime.guests import Guests
-from penstock.runtime.keeper import Keeper
 from penstock.runtime.latency import take_short_slices
 from penstock.runtime.mover.plan import MoverPlan
 from penstock.runtime.mover_child import MoverChild
+
+if TYPE_CHECKING:
+    from penstock.runtime.guests import Guests
+    from penstock.runtime.keeper import Keeper
 
 __all__ = ["Server"]
 
@@ -76,13 +79,17 @@ class Server:
             )
             undo.callback(self._name_lock.close)
             if self.mover is not None:
-                # It takes as long to start as the keeper does, and waits for it.
+                # It takes as long to start as the keeper does, beside it, and waits for it.
                 undo.callback(self.mover.stop)
                 self.mover.tend()
             self._open(geometry, policy, socket_file, coherent)
             undo.pop_all()
 
     def _open(self, geometry: Geometry | None, policy: str, socket_file: Path, coherent: bool) -> None:
+        from penstock.pool.coherence import need_instructions
+        from penstock.runtime.guests import Guests
+        from penstock.runtime.keeper import Keeper
+
         if segments.exists(self.path) or geometry is None:
             self.segment = segments.open_existing(self.path)
         else:
@@ -92,8 +99,8 @@ class Server:
         if not coherent and not self.segment.writes_back:
             self.segment.close()
             raise ConfigError(f"{self.path} was made for coherent memory; `penstock rm` it first")
-        self.keeper = Keeper(self.segment, self._locks, policy=policy)
-        poke(self.keeper.authority.header(layout.H_KEEPER_PID), os.getpid())
+        self.keeper: Keeper = Keeper(self.segment, self._locks, policy=policy)
+        self.keeper.authority.sign(os.getpid())
         if self.mover is not None:
             self.keeper.tell, self.keeper.tell_gap = self.mover.tell, self.mover.gap
         self._bell = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -101,7 +108,7 @@ class Server:
         self._selector.register(self._bell, selectors.EVENT_READ, "bell")
         self._listener = _listen(socket_file)
         self._selector.register(self._listener, selectors.EVENT_READ, "listener")
-        self.guests = Guests(self.keeper, self.path, self._bell, self._selector)
+        self.guests: Guests = Guests(self.keeper, self.path, self._bell, self._selector)
         self._toucher_rest = b""
         self._toucher = self._start_toucher()
         self._next_tick = self._linger_until = 0.0
@@ -190,7 +197,7 @@ class Server:
 
     def _start_toucher(self) -> subprocess.Popen[bytes] | None:
         geometry = self.segment.geometry
-        touched = int(peek(self.keeper.authority.header(layout.H_TOUCHED)))
+        touched = self.keeper.authority.touched_bytes
         if touched >= geometry.n_slabs * geometry.slab_bytes:
             return None
         command = [sys.executable, "-m", "penstock.pool.pretouch", str(self.path), str(geometry.data_offset + touched)]
@@ -207,7 +214,7 @@ class Server:
         if lines:
             touched = int(lines[-1]) - self.segment.geometry.data_offset
             # The keeper may have been ahead: it makes ready what it needs at once.
-            self.keeper.authority.set_touched(max(touched, peek(self.keeper.authority.header(layout.H_TOUCHED))))
+            self.keeper.authority.set_touched(max(touched, self.keeper.authority.touched_bytes))
         if data:
             return
         if self._toucher.wait() != 0:
