@@ -7,10 +7,13 @@ import penstock
 import penstock.cli.fsck
 import penstock.identity
 import penstock.pool.client
+import penstock.pool.coherence
 import penstock.pool.copies
 import penstock.pool.fsck
 import penstock.pool.slots
 import penstock.runtime.embedded
+import penstock.runtime.guests
+import penstock.runtime.keeper
 import penstock.runtime.opening
 import penstock.runtime.report
 import penstock.runtime.serve

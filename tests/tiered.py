@@ -38,10 +38,10 @@ def wait_stored(keeper: Keeper) -> int:
     return n_blocks
 
 
-def damage(folder: Path, block: bytes) -> None:
-    """Flip one bit of this block, wherever its bytes lie."""
+def damage(place: Path, block: bytes) -> None:
+    """Flip one bit of this block, wherever its bytes lie in this file, or in the files of this folder."""
     n_found = 0
-    for path in (path for path in folder.rglob("*") if path.is_file()):
+    for path in (path for path in (place, *place.rglob("*")) if path.is_file()):
         data, at = path.read_bytes(), -1
         while (at := data.find(block, at + 1)) >= 0:
             n_found += 1

@@ -249,7 +249,7 @@ def narrow(disk: Path, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) 
 def test_the_front_is_computed_while_the_back_comes(narrow: Narrow, llama: PreTrainedModel) -> None:
     connector = narrow.connector
     result = ask(connector, skip_save=False)
-    assert 6 <= narrow.start < 18 < narrow.stop <= N_BLOCKS
+    assert 0 < narrow.start < narrow.stop <= N_BLOCKS
     came = narrow.stop - narrow.start
     assert (result.front_tokens, result.hit_tokens, result.fetched_blocks) == (16 * narrow.start, 16 * came, came)
     assert result.tokens == alone(llama, PROMPT, 8)
@@ -282,22 +282,72 @@ def test_load_computes_nothing(narrow: Narrow) -> None:
     assert loaded.front_tokens == 0 and "fetch.split" not in narrow.connector.counters()
 
 
-@pytest.mark.parametrize("part", ["prefill", "store"])
-def test_a_front_that_fails_costs_the_hit(
-    narrow: Narrow, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch, part: str
+def test_a_front_that_finds_no_room_costs_the_hit(
+    narrow: Narrow, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fails(*_: Any) -> None:
-        if part == "prefill":
-            raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(front, part, fails)
-    result = ask(narrow.connector, skip_save=False)
-    assert result.hit_tokens == 0 and bool(result.front_tokens) == (part == "store")
+    monkeypatch.setattr(front, "store", lambda *_: None)
+    connector = narrow.connector
+    result = ask(connector, skip_save=False)
+    assert (result.hit_tokens, result.front_tokens) == (0, 16 * narrow.start)
     assert result.tokens == alone(llama, PROMPT, 8)
+    assert ends(connector) == {"done": 1, "no_front": 1}
+    assert connector.flush()
+    assert connector.counters()["saved_blocks"] == N_BLOCKS + 1, "all the same, it is stored"
+
+
+def test_a_front_that_leaves_again_is_stored_again(
+    narrow: Narrow, llama: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The pool is replaced while the front is computed, and what was stored of it is gone with it."""
+    connector, store = narrow.connector, front.store
+
+    def store_and_lose(*args: Any) -> None:
+        store(*args)
+        replace_pool(narrow.keeper)
+
+    monkeypatch.setattr(front, "store", store_and_lose)
+    result = ask(connector, skip_save=False)
+    assert (result.hit_tokens, result.front_tokens) == (0, 16 * narrow.start)
+    assert result.tokens == alone(llama, PROMPT, 8)
+    monkeypatch.undo()
+    until(lambda: ask(connector, skip_save=False, fetch=FetchMode.NEVER).hit_tokens == HIT, "it is stored again")
+    narrow.keeper.fsck()
+
+
+def test_what_the_model_raises_for_a_front_is_the_callers(narrow: Narrow, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*_: Any) -> None:
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(front, "prefill", fails)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        ask(narrow.connector, skip_save=False)
     assert ends(narrow.connector) == {"done": 1, "no_front": 1}
-    assert narrow.connector.flush() and narrow.connector.counters()["saved_blocks"] == N_BLOCKS + 1, (
-        "all the same, it is stored"
-    )
+    until(lambda: narrow.keeper.tier_report()["fetches"]["ended.cancelled"] == 1, "what came is given up")
+    assert ask(narrow.connector, fetch=FetchMode.ALWAYS).hit_tokens == HIT
+
+
+def test_a_damaged_block_before_the_front_is_computed_anew(narrow: Narrow, llama: PreTrainedModel) -> None:
+    connector, keeper = narrow.connector, narrow.keeper
+    ask(connector, PROMPT[:65], skip_load=True, skip_save=False)
+    assert connector.flush()
+    with keeper.open() as pool, pool.match(pool.space(connector.space), chain_keys(connector.space, PROMPT)) as lease:
+        assert len(lease) == 4
+        block = bytes(lease.views(2))
+    damage(keeper.path, block)
+    result = ask(connector, skip_save=False)
+    assert (result.hit_tokens, result.front_tokens) == (2 * 16, 0)
+    assert result.tokens == alone(llama, PROMPT, 8) and connector.flush()
+    until(lambda: ask(connector, skip_save=False, fetch=FetchMode.NEVER).hit_tokens == HIT, "it is stored anew")
+    assert connector.flush()
+    keeper.fsck()
+
+
+def test_no_front_that_may_come_too_late(narrow: Narrow, llama: PreTrainedModel) -> None:
+    """The engine is said to be so slow that the fetch would be over first."""
+    for _ in range(20):
+        narrow.connector._bringer.computed(400, 0, 100.0)
+    result = ask(narrow.connector, skip_save=False)
+    assert (result.hit_tokens, result.front_tokens) == (HIT, 0) and narrow.start == 0
 
 
 # ---- what is not there

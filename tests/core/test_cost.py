@@ -32,7 +32,7 @@ def fetch_seconds(parts: list[Part], first: int, stop: int) -> float:
 
 
 def everything(
-    n_here: int, parts: list[Part], n_tokens: int, block_tokens: int, load: float, overlap: bool
+    n_here: int, parts: list[Part], n_tokens: int, block_tokens: int, load: float, overlap: bool, ahead: int
 ) -> dict[tuple[int, int], float]:
     """Seconds by (first block to fetch, block behind the last one)."""
     usable = min(sum(part.n_blocks for part in parts), max(0, n_tokens // block_tokens - n_here))
@@ -40,7 +40,7 @@ def everything(
     for stop in range(usable + 1):
         behind = here + stop * block_tokens
         rest = quadratic(n_tokens - behind, behind)
-        for first in range(stop if stop and overlap else 1):
+        for first in {0, *range(max(1, stop - ahead), stop if overlap else 0)}:
             front = quadratic(first * block_tokens, here)
             found[first, stop] = max(front, fetch_seconds(parts, first, stop) + load * (stop - first)) + rest
     return found
@@ -49,14 +49,29 @@ def everything(
 @settings(max_examples=300, deadline=None)
 @given(
     n_here=st.integers(0, 5), parts=parts_of_a_chain, n_tokens=st.integers(0, 120), block_tokens=st.integers(1, 7),
-    load=st.floats(0, 0.3), overlap=st.booleans(), margin=st.sampled_from([0.0, 0.05, 0.3]),
+    load=st.floats(0, 0.3), overlap=st.booleans(), ahead=st.integers(0, 40), margin=st.sampled_from([0.0, 0.05, 0.3]),
 )  # fmt: skip
 def test_the_choice_is_the_best_of_everything(
-    n_here: int, parts: list[Part], n_tokens: int, block_tokens: int, load: float, overlap: bool, margin: float
+    n_here: int,
+    parts: list[Part],
+    n_tokens: int,
+    block_tokens: int,
+    load: float,
+    overlap: bool,
+    ahead: int,
+    margin: float,
 ) -> None:
-    ways = everything(n_here, parts, n_tokens, block_tokens, load, overlap)
+    ways = everything(n_here, parts, n_tokens, block_tokens, load, overlap, ahead)
     choice = choose(
-        n_here, parts, n_tokens, block_tokens, quadratic, load_s_per_block=load, overlap=overlap, margin=margin
+        n_here,
+        parts,
+        n_tokens,
+        block_tokens,
+        quadratic,
+        load_s_per_block=load,
+        overlap=overlap,
+        most_ahead=ahead,
+        margin=margin,
     )
     assert choice.recompute_s == pytest.approx(ways[0, 0])
     assert choice.expected_s <= choice.recompute_s

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 
 import penstock
 from penstock import Intent, KeyChain, SpaceHandle
+from penstock.runtime.mover.fetches import WAITING_AT_ONCE
 from penstock.types import FetchEnd, Urgency
 from tests.support import (
     PATIENCE_S,
@@ -390,12 +392,14 @@ def idle(keeper: Keeper) -> bool:
 def test_the_back_is_read_ahead_and_published_behind_the_front(keeper: Keeper, below_only: KeyChain) -> None:
     with keeper.open() as pool:
         handle = pool.space(SPACE)
-        with pool.fetch(handle, below_only, FETCH_S, start=10) as fetched:
-            was_read(keeper, 30)
+        n_ahead = pool.most_ahead(handle)
+        assert 10 < n_ahead < 35
+        with pool.fetch(handle, below_only, FETCH_S, start=5) as fetched:
+            was_read(keeper, n_ahead)
             assert not pool.resident(handle, below_only.array).any() and not fetched.poll()
-            must_store(pool, handle, below_only[:10])
+            must_store(pool, handle, below_only[:5])
             assert fetched.wait() is FetchEnd.DONE
-        assert (fetched.arrived, fetched.moved) == (40, 30)
+        assert (fetched.arrived, fetched.moved) == (40, 35)
         assert_resident(pool, handle, below_only)
     until(lambda: idle(keeper), "the mover gave everything back")
     keeper.fsck()
@@ -444,6 +448,60 @@ def test_who_reads_ahead_leaves_room_for_the_front(keeper: Keeper) -> None:
             must_store(pool, handle, keys[:400])
             assert fetched.wait() is FetchEnd.DONE
         assert fetched.moved == 600
+
+
+def test_those_who_wait_for_fronts_leave_room_for_everybody(keeper: Keeper) -> None:
+    """However many they are, and although their fronts never come."""
+    chains = [chain(number, blocks=100) for number in range(20, 20 + WAITING_AT_ONCE + 4)]
+    with keeper.open() as pool:
+        for keys in chains:
+            must_store(pool, pool.space(SPACE), keys)
+    on_disk(keeper, 100 * len(chains))
+    replace_pool(keeper)
+    with keeper.open() as pool, contextlib.ExitStack() as running:
+        handle = pool.space(SPACE)
+        waiting = [running.enter_context(pool.fetch(handle, keys, FETCH_S, start=5)) for keys in chains[:-1]]
+        until(lambda: keeper.tier_report()["fetches"]["ended.busy"] == 3, "more may not wait")
+        until(lambda: not idle(keeper), "something was read")
+        must_store(pool, handle, chain(40, blocks=64))
+        assert fetch(pool, handle, chains[-1]) is FetchEnd.DONE
+        assert sum(each.poll() for each in waiting) == 3
+    until(lambda: idle(keeper), "the mover gave everything back")
+
+
+@pytest.mark.parametrize("start", [-1, 3, 1 << 70])
+def test_a_start_that_cannot_be(keeper: Keeper, below_only: KeyChain, start: int) -> None:
+    with keeper.open() as pool:
+        handle = pool.space(SPACE)
+        with pool.fetch(handle, below_only, 0.2, start=start) as fetched:
+            assert fetched.wait() is (FetchEnd.DONE if start < 0 else FetchEnd.DEADLINE)
+        prefetch = pool.fetch(handle, below_only, FETCH_S, start=start, urgency=Urgency.PREFETCH)
+        assert prefetch.wait() is (FetchEnd.DONE if start < 0 else FetchEnd.NO_TIERS)
+        assert fetch(pool, handle, below_only) is FetchEnd.DONE
+
+
+def test_what_is_damaged_is_looked_for_elsewhere_before_the_front_comes(tmp_path: Path) -> None:
+    folders = [tmp_path / "first", tmp_path / "second"]
+    tiers = [disk(folder, f"write=through&name={folder.name}") for folder in folders]
+    keys = chain(50, blocks=20)
+    with Keeper(small_geometry(), tiers=tiers) as keeper:
+        with keeper.open() as pool:
+            must_store(pool, pool.space(SPACE), keys)
+        for folder in folders:
+            on_disk(keeper, 20, folder.name)
+        keeper.stop()
+        _damage(folders[0], contents(keys.array)[8])
+        keeper.remove()
+        keeper.start()
+        keeper.wait_touched()
+        keeper.tier_report()
+        with keeper.open() as pool:
+            handle = pool.space(SPACE)
+            with pool.fetch(handle, keys, FETCH_S, start=8) as fetched:
+                until(lambda: keeper.tier("second")["counters"]["good"] >= 1, "the other tier was asked")
+                must_store(pool, handle, keys[:8])
+                assert fetched.wait() is FetchEnd.DONE
+            assert_resident(pool, handle, keys)
 
 
 # ---- the end

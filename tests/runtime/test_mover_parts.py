@@ -226,7 +226,10 @@ def test_what_another_fetch_has_just_brought_is_not_read_again(brought: int) -> 
     class NoRoom:
         """A pool in which every reservation is counted, and none is granted."""
 
-        most_slots = 64
+        most_slots, bytes_ahead = 64, 0
+
+        def slot_share(self, space: Any) -> int:
+            return 1
 
         def __init__(self) -> None:
             self.asked: list[int] = []

@@ -36,9 +36,9 @@ __all__ = ["NOTHING", "Bringer", "Brought", "FetchMode", "Front", "Wanted", "Wis
 
 Wanted = Sequence[tuple[SpaceHandle, KeyChain]]
 """The same blocks of a chain as each rank of an engine keeps them; an engine of one rank has one."""
-Front = Callable[[int], bool]
-"""`front(n)` computes those of the chain's first n blocks that are not in the pool, and stores them there. False where
-it could not."""
+Front = Callable[[int, float], bool]
+"""`front(n, until_s)` computes those of the chain's first n blocks that are not in the pool, and stores them there;
+after `until_s` on the monotonic clock nobody needs them there. False where it could not."""
 
 _ASK_S = 0.25
 """How long the tiers, some of them on other machines, may be asked where blocks are, where nothing says how long."""
@@ -52,6 +52,8 @@ _LOOK_S = 0.005
 _UNMEASURED_S = 0.25
 """What a fetch may take beyond twice what the tiers promise, while nothing is known of the engine's own speed."""
 _MOST_OVERHEAD_S = 0.05
+_FRONT_SHARE = 0.5
+"""Of the time that a fetch has; computing may take twice as long as it was expected to."""
 _LEARN, _FORGET = 0.3, 0.95
 
 
@@ -153,7 +155,8 @@ class Bringer:
         belows = self._ask(pool, wanted, min(deadline, now + self._ask_s(wish)))
         if belows is None:
             return NOTHING
-        plan = self._plan(belows, wanted[0][0].block_tokens, wish, deadline, front is not None and len(wanted) == 1)
+        most_ahead = pool.most_ahead(wanted[0][0]) if front is not None and len(wanted) == 1 else 0
+        plan = self._plan(belows, wanted[0][0].block_tokens, wish, deadline, most_ahead)
         if plan is None:
             return Brought(min(below.here for below in belows))
         return self._fetch(pool, wanted, plan, wish.intent, give_up, front)
@@ -185,9 +188,10 @@ class Bringer:
     # ---- what is worth it
 
     def _plan(
-        self, belows: list[Below], block_tokens: int, wish: Wish, deadline: float, may_split: bool
+        self, belows: list[Below], block_tokens: int, wish: Wish, deadline: float, most_ahead: int
     ) -> _Plan | None:
-        """What to fetch; None for nothing, counted."""
+        """What to fetch; None for nothing, counted. `most_ahead`: so many blocks may come while those before them are
+        being computed."""
         heres = tuple(below.here for below in belows)
         here = min(heres)
         end = min(below.here + below.n_blocks for below in belows)
@@ -204,15 +208,17 @@ class Bringer:
             return _Plan(heres, end, Pace(until), limit_s)
         if not measured:
             return _Plan(heres, end, Pace(until), min(limit_s, 2 * float(until[-1]) + _UNMEASURED_S))
-        front, n = self._worth(costs, overhead_s, here, block_tokens, wish, may_split)
+        front, n = self._worth(costs, overhead_s, here, block_tokens, wish, most_ahead)
+        with self._lock:
+            front_s = float(self._prefill.estimate(front * block_tokens, here * block_tokens)) if front else 0.0
+        if front_s > _FRONT_SHARE * limit_s:  # it could come too late for everything behind it
+            front, (_, n) = 0, self._worth(costs, overhead_s, here, block_tokens, wish, 0)
         if n == 0 or (here + n) * block_tokens < least:
             self._recompute()
             return None
         until, lost = until[front : n + 1] - until[front], self._lost(here + front, here + n, block_tokens, wish)
         if not front:
             return _Plan(heres, here + n, Pace(overhead_s + until, lost), limit_s)
-        with self._lock:
-            front_s = float(self._prefill.estimate(front * block_tokens, here * block_tokens))
         pace = Pace(np.maximum(front_s, overhead_s + until), lost)
         return _Plan(heres, here + n, pace, limit_s, here + front, front_s)
 
@@ -223,7 +229,7 @@ class Bringer:
         here: int,
         block_tokens: int,
         wish: Wish,
-        may_split: bool,
+        most_ahead: int,
     ) -> tuple[int, int]:
         """Of the blocks behind `here`: from which one on, and up to which one, they are worth fetching. Those that the
         engine has by itself must come, too, for the others to follow them."""
@@ -232,7 +238,7 @@ class Bringer:
         with self._lock:
             choice = choose(
                 here + before, parts, wish.n_tokens, block_tokens, self._prefill.estimate,
-                load_s_per_block=wish.load_s_per_block, overlap=may_split and not before,
+                load_s_per_block=wish.load_s_per_block, overlap=most_ahead > 0 and not before, most_ahead=most_ahead,
             )  # fmt: skip
         front = choice.split_at or 0
         return front, before + front + choice.fetch_blocks if choice.fetch_blocks else 0
@@ -272,8 +278,7 @@ class Bringer:
             ]
             if plan.front and front is not None:
                 self._counters.add("fetch.split")
-                if not front(plan.front):
-                    self._counters.add("fetch.end.no_front")
+                if not self._have_front(front, plan):
                     return NOTHING
             # What the fetch did meanwhile it did whether computing took as long as expected or longer.
             late_s = max(0.0, time.perf_counter() - started - plan.front_s) if plan.front else 0.0
@@ -287,6 +292,15 @@ class Bringer:
         if end == "done" and brought.moved and not plan.front:
             self._learn(took_s - plan.pace.total_s)
         return brought
+
+    def _have_front(self, front: Front, plan: _Plan) -> bool:
+        there = False
+        try:
+            there = front(plan.front, time.monotonic() + plan.limit_s)
+        finally:
+            if not there:
+                self._counters.add("fetch.end.no_front")
+        return there
 
     def _learn(self, late_s: float) -> None:
         with self._lock:

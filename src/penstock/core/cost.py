@@ -60,6 +60,7 @@ def choose(
     *,
     load_s_per_block: float = 0.0,
     overlap: bool = False,
+    most_ahead: int | None = None,
     margin: float = 0.05,
 ) -> Choice:
     """What is expected to be fastest for a chain of `n_tokens` of which the pool has the first `n_here` blocks.
@@ -71,7 +72,8 @@ def choose(
     would gain less than the fraction `margin` of recomputing: estimates are not better than that.
 
     With `overlap` the front may be computed while the back comes (CacheFlow; `shared/facts.md`): the two then take as
-    long as the slower one. That, too, has to gain the fraction `margin` of what is best without. Blocks that reach
+    long as the slower one; at most `most_ahead` blocks are then fetched, for more could not come before the front is
+    there. That, too, has to gain the fraction `margin` of what is best without. Blocks that reach
     behind the last token are not used. Raises ConfigError for negative sizes or costs.
     """
     _check(n_here, parts, n_tokens, block_tokens)
@@ -81,7 +83,7 @@ def choose(
     start, stop = 0, int(np.argmin(totals))
     expected_s = float(totals[stop])
     if overlap:
-        starts, totals = cost.overlapped()
+        starts, totals = cost.overlapped(most_ahead)
         split = int(np.argmin(totals))
         if totals[split] < expected_s * (1 - margin) and starts[split] < split:
             start, stop, expected_s = int(starts[split]), split, float(totals[split])
@@ -119,16 +121,17 @@ class _Costs:
         """(k + 1,): fetch k blocks, then compute the rest."""
         return self.until + self.rest
 
-    def overlapped(self) -> tuple[Ints, Floats]:
+    def overlapped(self, most_ahead: int | None) -> tuple[Ints, Floats]:
         """(k + 1,) twice: from which block on to fetch, and the seconds, for blocks computed or fetched up to k.
 
         Computing the front takes longer the more of it there is, fetching the back less: the best split is on either
-        side of where they balance.
+        side of where they balance, or where the back would be longer than it may be, as near as it may.
         """
+        least = np.zeros_like(self.lengths) if most_ahead is None else np.maximum(0, self.lengths - most_ahead)
         balance = np.searchsorted(np.maximum.accumulate(self.front + self.saved), self.until)
         best, best_s = np.zeros_like(self.lengths), np.full(len(self.lengths), np.inf)
         for start in (np.zeros_like(balance), balance - 1, balance):
-            start = np.clip(start, 0, np.maximum(self.lengths - 1, 0))
+            start = np.maximum(np.clip(start, 0, np.maximum(self.lengths - 1, 0)), least)
             both = np.maximum(self.front[start], self.until - self.saved[start])
             better = both < best_s
             best[better], best_s[better] = start[better], both[better]

@@ -26,7 +26,7 @@ from penstock.pool.context import K_COMMITTED, K_DROP, K_RUNG, K_WRITTEN_BYTES
 from penstock.pool.grants import GrantStore
 from penstock.pool.handles import PlacedSpace, SpaceHandle, Stored
 from penstock.pool.intents import IntentWords
-from penstock.pool.layout import COMMIT_BYTES, KIND_ABORT, KIND_COMMIT, KIND_SUSPECT
+from penstock.pool.layout import COMMIT_BYTES, KIND_ABORT, KIND_COMMIT, KIND_SUSPECT, bytes_ahead, slot_share
 from penstock.pool.lease import Handover, Lease
 from penstock.pool.link import Link
 from penstock.pool.reader import COUNT_BITS, COUNT_MASK, HEAD_BITS, HEAD_MASK, adopt, match
@@ -167,14 +167,20 @@ class Pool:
 
         It ends within `deadline_s` seconds. What did not arrive by then is left out, and the engine recomputes from
         there: `match` tells how far. A prefetch (`urgency`) goes on when the returned object is dropped. Blocks before
-        `start` are the caller's to store meanwhile: the others are read at once, and published behind those. Never
-        raises.
+        `start` are the caller's to store meanwhile: up to `most_ahead` others are read at once, and published behind
+        those; a prefetch cannot do that. Never raises.
         """
         at = self._at
         if at.dead is not None:
             return Fetch(self._tiers, None, 0.0, FetchEnd.NO_TIERS)
         said = self._intents.of(intent)
+        start = max(0, min(int(start), len(keys) - 1))
         return self._tiers.fetch(at.uuid, handle.id, keys.array, bytes(keys.parent), deadline_s, urgency, said, start)
+
+    def most_ahead(self, handle: SpaceHandle) -> int:
+        """How many blocks of a chain are read before those that they follow are there (`fetch` with `start`)."""
+        geometry = self._at.geometry
+        return bytes_ahead(geometry) // slot_share(geometry, handle.block_bytes, handle.n_segments)
 
     def adopt(self, data: bytes) -> Lease:
         """Take a lease of one's own on the blocks of another process's lease (`Lease.handover`).

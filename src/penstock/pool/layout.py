@@ -272,6 +272,20 @@ class SlotShape:
     slots_per_slab: int
 
 
+def slot_share(geometry: Geometry, block_bytes: int, n_segments: int) -> int:
+    """What a block takes of the pool, with its share of what is left over in a slab, in bytes."""
+    return geometry.slab_bytes // plan_slots(geometry, block_bytes, n_segments).slots_per_slab
+
+
+def bytes_ahead(geometry: Geometry) -> int:
+    """How much of the pool may hold what was read before the blocks that it follows were there.
+
+    Whoever stores those needs room, too, and of a class of slots only a thirty-second is granted at a time, twice what
+    a client uses of that at once.
+    """
+    return geometry.n_slabs * geometry.slab_bytes // 128
+
+
 def plan_slots(geometry: Geometry, block_bytes: int, n_segments: int) -> SlotShape:
     """The slot shape for blocks of `block_bytes` in `n_segments` layer segments.
 

@@ -16,7 +16,7 @@ import numpy.typing as npt
 from penstock.errors import PoolClosed
 from penstock.pool.client import Pool
 from penstock.pool.handles import PlacedSpace
-from penstock.pool.layout import plan_slots
+from penstock.pool.layout import bytes_ahead, slot_share
 from penstock.pool.lease import Lease
 from penstock.pool.reader import COUNT_BITS, COUNT_MASK, HEAD_BITS, HEAD_MASK, adopt, match
 from penstock.pool.records import RECORD_COLUMNS, read_records
@@ -106,8 +106,12 @@ class Stage:
 
     def slot_share(self, space: PlacedSpace) -> int:
         """What a block of this space takes of the pool, with its share of what is left over in a slab, in bytes."""
-        geometry = self._at.geometry
-        return geometry.slab_bytes // plan_slots(geometry, space.block_bytes, space.n_segments).slots_per_slab
+        return slot_share(self._at.geometry, space.block_bytes, space.n_segments)
+
+    @property
+    def bytes_ahead(self) -> int:
+        """How much may be read before the blocks that it follows are there."""
+        return bytes_ahead(self._at.geometry)
 
     # ---- what is there
 

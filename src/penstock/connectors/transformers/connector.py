@@ -113,6 +113,8 @@ class _Filling:
     """Where the front of the prompt may be computed: what stores it."""
     n_blocks: int = 0
     """Blocks that the cache holds."""
+    n_leased: int = 0
+    """Blocks that the pool had in the end."""
     front: FrontOf | None = None
     fetched: int = 0
 
@@ -142,8 +144,9 @@ class Connector:
     ) -> None:
         """`tenant`, `epoch` and `checkpoint` as in `Space` and `SpaceSource`. At most `max_saving` requests
         wait for their blocks to be stored (each keeps its cache in memory), and storing waits at most
-        `save_wait_s` for room, off the request's path. A request waits at most `fetch_deadline_s` for blocks from
-        a tier below the pool, and no longer than computing them is expected to take."""
+        `save_wait_s` for room, off the request's path unless more is being fetched behind them. A request waits
+        at most `fetch_deadline_s` for blocks from a tier below the pool, and no longer than computing them is
+        expected to take."""
         self._model = model
         self._shape = inspect_model(model)
         _check_block(block_tokens, self._shape)
@@ -296,12 +299,15 @@ class Connector:
         filling = _Filling(cache, *found, tokens, options, job if may_split else None)
         miss = self._fill(filling)
         n_blocks = filling.n_blocks
-        if job is not None:
-            # A front that found no room is tried again, like everything that did not.
-            stored = filling.front is None or job.n_saved == filling.front.n_blocks
-            job.n_saved, job.n_wanted = n_blocks if stored else job.n_saved, n_blocks
-            job.look_first = not stored or miss not in _SEEN_MISSING
-        front_blocks = 0 if filling.front is None else filling.front.n_blocks - filling.front.hit_blocks
+        front = filling.front
+        if front is not None and front.error is not None:
+            raise front.error
+        if job is not None and front is not None and front.n_blocks:
+            # What of the front found no room, or left the pool again, is tried again.
+            job.n_saved, job.n_wanted, job.look_first = min(n_blocks, filling.n_leased), n_blocks, True
+        elif job is not None:
+            job.n_saved, job.n_wanted, job.look_first = n_blocks, n_blocks, miss not in _SEEN_MISSING
+        front_blocks = 0 if front is None else front.n_blocks - front.hit_blocks
         return self._loaded(cache, miss, n_blocks - front_blocks, filling.fetched, front_blocks), job
 
     def _fill(self, filling: _Filling) -> Miss:
@@ -317,6 +323,7 @@ class Connector:
             if len(lease) < len(keys) and lease.miss is Miss.ABSENT:
                 lease = self._bring(filling, keys, lease)
             with lease:
+                filling.n_leased = len(lease)
                 if len(lease) * self._block_tokens < options.min_hit_tokens:
                     return Miss.SKIPPED
                 n_blocks, miss = self._gather(cache, lease, filling.n_blocks)
@@ -338,7 +345,7 @@ class Connector:
         )  # fmt: skip
         if filling.job is not None:
             filling.front = FrontOf(
-                self._model, self._shape, filling.cache, filling.job, lambda: self._gather(filling.cache, lease)[0],
+                self._model, self._shape, filling.cache, filling.job, lambda: self._gather_all(filling.cache, lease),
                 self._bringer.computed, self._counters, self._save_wait_s,
             )  # fmt: skip
         try:
@@ -353,6 +360,11 @@ class Connector:
             return lease
         with lease:
             return pool.match(handle, keys, intent=options.intent)
+
+    def _gather_all(self, cache: ReservedCache, lease: Lease) -> int | None:
+        """Copy all that is leased: how many blocks that is, None if some of it is no good."""
+        n_blocks, _ = self._gather(cache, lease)
+        return n_blocks if n_blocks == len(lease) else None
 
     def _gather(self, cache: ReservedCache, lease: Lease, first: int = 0) -> tuple[int, Miss]:
         """Copy what is leased into the cache, but for the first blocks, which it holds: how many it holds then, and

@@ -166,9 +166,12 @@ def _give_up(counters: Counters, n_blocks: int, error: Exception) -> None:
     _log.debug("%d blocks were not stored: %s", n_blocks, error)
 
 
-def store(job: SaveJob, snapshot: Snapshot, n_blocks: int, counters: Counters, wait_s: float) -> None:
+def store(
+    job: SaveJob, snapshot: Snapshot, n_blocks: int, counters: Counters, wait_s: float, until_s: float = float("inf")
+) -> None:
     """Store what is not stored of a request's first `n_blocks` blocks, in this thread: the saver's, or that of who has
-    not given it this job yet. Raises PenstockError."""
+    not given it this job yet. Waits at most `wait_s` for room for a batch, and not after `until_s` on the monotonic
+    clock. Raises PenstockError."""
     keys = _keys(job, n_blocks)
     if job.look_first:
         with job.pool.match(job.handle, keys[:n_blocks], intent=job.intent) as lease:
@@ -178,6 +181,7 @@ def store(job: SaveJob, snapshot: Snapshot, n_blocks: int, counters: Counters, w
     while job.n_saved < n_blocks:
         first, last = job.n_saved, min(n_blocks, job.n_saved + _BATCH_BLOCKS)
         blocks = snapshot.tensor_map(first, last, job.handle.space.block_tokens)
+        wait_s = max(0.0, min(wait_s, until_s - time.monotonic()))
         stored = job.pool.store(job.handle, keys[first:last], blocks, wait_s=wait_s, intent=job.intent)
         job.n_saved += stored.n_blocks
         counters.add("saved_blocks", stored.n_blocks)

@@ -39,10 +39,8 @@ Keys = npt.NDArray[np.uint64]
 PIECE_BYTES = 8 << 20
 """A piece is read, verified and committed as one: large enough to fill a device, small enough to give up."""
 PIECES_AT_ONCE = 3
-_PIECES_AHEAD = 8
-_SHARE_AHEAD = 1 / 64
-"""As many, and as much of the pool, may be read before the blocks that they follow are there. Who stores those needs
-room, too, and of a class of slots no more than a thirty-second is granted at a time."""
+WAITING_AT_ONCE = 8
+"""Fetches, each with a thread, that may wait for blocks that somebody else stores."""
 _RESTARTS = 4
 _U64 = (1 << 64) - 1
 _DOUBT_S = 1.0
@@ -116,6 +114,37 @@ class Claims:
             self._changed.wait_for(lambda: key not in self._taken, timeout_s)
 
 
+class _Ahead:
+    """What may be read before the blocks that it follows are there, and how many fetches may wait for those."""
+
+    def __init__(self, n_bytes: int) -> None:
+        self._lock = threading.Lock()
+        self._bytes, self._places = n_bytes, WAITING_AT_ONCE
+
+    def enter(self) -> bool:
+        """Take a place among those that wait; False where there is none."""
+        with self._lock:
+            there = self._places > 0
+            self._places -= there
+            return there
+
+    def take(self, n: int, each: int) -> int:
+        """Book room for up to n blocks of `each` bytes; for how many there was some."""
+        with self._lock:
+            n = min(n, self._bytes // each)
+            self._bytes -= n * each
+            return n
+
+    def give(self, n_bytes: int) -> None:
+        """Give room back."""
+        with self._lock:
+            self._bytes += n_bytes
+
+    def leave(self) -> None:
+        with self._lock:
+            self._places += 1
+
+
 @dataclass(slots=True)
 class _Piece:
     """Blocks `first` to `first + n - 1` of the chain, being read into reserved slots."""
@@ -151,6 +180,7 @@ class Fetcher:
         self._places = places
         self._claims = claims
         self._brings, self._lacks = brings, lacks
+        self._ahead = _Ahead(stage.bytes_ahead)
 
     def here(self, space: PlacedSpace, keys: Keys) -> int:
         """How many blocks, from the first, are in the pool."""
@@ -162,7 +192,10 @@ class Fetcher:
 
         `tell(n)` is called when the first n blocks are in the pool; `gone()` says that nobody waits any more.
         """
-        run = _Run(self._stage, self._places, self._claims, order, tell, gone, self.here, self._brings, self._lacks)
+        run = _Run(
+            self._stage, self._places, self._claims, self._ahead, order, tell, gone, self.here, self._brings,
+            self._lacks,
+        )  # fmt: skip
         return run.run()
 
 
@@ -171,9 +204,9 @@ class _Run:
     `_at` to `_next`."""
 
     def __init__(
-        self, stage: Stage, places: Places, claims: Claims, order: FetchOrder, tell: Callable[[int], None],
-        gone: Callable[[], bool], here: Callable[[PlacedSpace, Keys], int], brings: Callable[[int, Keys], None],
-        lacks: Callable[[int, Keys], None],
+        self, stage: Stage, places: Places, claims: Claims, ahead: _Ahead, order: FetchOrder,
+        tell: Callable[[int], None], gone: Callable[[], bool], here: Callable[[PlacedSpace, Keys], int],
+        brings: Callable[[int, Keys], None], lacks: Callable[[int, Keys], None],
     ) -> None:  # fmt: skip
         self._brings, self._lacks = brings, lacks
         self._stage, self._places, self._claims, self._order = stage, places, claims, order
@@ -181,7 +214,10 @@ class _Run:
         self._space = as_tiers_know_it(order.space)
         self._names = [key.tobytes() for key in order.keys]
         self._at = self._next = 0
-        self._rooted = False
+        self._ahead, self._share = ahead, stage.slot_share(order.space)
+        self._front = order.start
+        self._rooted, self._waits = False, False
+        self._booked = 0  # bytes of what may be read ahead
         self._told = -1
         self._pieces: deque[_Piece] = deque()
         self._where = np.zeros(0, np.int64)  # tier of each block from `_where_from` on
@@ -203,6 +239,8 @@ class _Run:
                 self._fill()
                 if self._pieces:
                     self._finish_oldest()
+                elif not self._rooted:
+                    self._await_root()
             why = FetchEnd.DONE if self._at == len(self._names) else self._stop or FetchEnd.ABSENT
             tier = self._trouble[1] if why in (FetchEnd.READ_FAILED, FetchEnd.DAMAGED) else ""
             n = self._at if self._rooted else self._here(self._order.space, self._order.keys)
@@ -210,25 +248,39 @@ class _Run:
         finally:
             self._abandon_all()
             self._release()
+            self._wait_no_more()
 
     # ---- where things are
 
     def _look(self) -> None:
         """Find out what is in the pool, hold the last of it, and ask the tiers for the rest."""
-        here = self._here(self._order.space, self._order.keys)
-        self._at = self._next = max(here, self._order.start)
-        self._rooted = False
+        here, before = self._here(self._order.space, self._order.keys), self._at
+        self._at = self._next = max(here, self._front)
+        if self._at > before:  # what there was trouble with has come
+            self._avoid, self._trouble = frozenset(), (FetchEnd.ABSENT, "")
         self._release()
-        if here >= self._order.start:
+        if here >= self._front:
             self._take_root()
+        elif not self._waits:
+            self._waits = self._ahead.enter()
+            if not self._waits:
+                self._stop = FetchEnd.BUSY
+                return
         self._locate()
 
     def _take_root(self) -> None:
         """The blocks before `_at` are in the pool: see to it that the last of them stays."""
-        self._rooted = True
+        self._rooted, self._front = True, 0  # if they leave again, they are brought like the others
+        self._wait_no_more()
         if self._at:
             self._hold = self._stage.lease_key(self._order.space, self._order.keys[self._at - 1 : self._at])
         self._say()
+
+    def _wait_no_more(self) -> None:
+        if self._waits:
+            self._ahead.leave()
+        self._ahead.give(self._booked)
+        self._waits, self._booked = False, 0
 
     def _locate(self) -> None:
         keys = self._order.keys[self._at :]
@@ -251,8 +303,7 @@ class _Run:
 
     def _fill(self) -> None:
         """Start pieces until enough are on their way. Ends the fetch where nothing can be started or waited for."""
-        most = PIECES_AT_ONCE if self._rooted else _PIECES_AHEAD
-        while len(self._pieces) < most and self._next < len(self._names):
+        while self._under_way() < PIECES_AT_ONCE and self._next < len(self._names):
             if self._over():
                 return
             if self._tier_of(self._next) < 0:
@@ -265,6 +316,10 @@ class _Run:
             elif not self._start():
                 return
 
+    def _under_way(self) -> int:
+        """Pieces that count. Those that were read ahead are bounded by what was booked for them."""
+        return len(self._pieces) if self._rooted else sum(piece.got is None for piece in self._pieces)
+
     def _nowhere(self) -> FetchEnd:
         """No tier that answers has the next block. It is absent only if every tier answered."""
         if self._trouble[0] is FetchEnd.ABSENT and self._silent:
@@ -275,10 +330,6 @@ class _Run:
         """Start the next piece. False if it has to wait for what is on its way already."""
         order, first = self._order, self._next
         most = max(1, min(PIECE_BYTES // self._space.block_bytes, self._stage.most_slots // 4))
-        if not self._rooted:
-            most = min(most, self._ahead())
-            if most < 1:
-                return False
         n = self._run_length(first, most)
         claimed = self._names[first : first + n]
         n = self._claims.take(claimed)
@@ -286,21 +337,20 @@ class _Run:
             if not self._pieces:
                 self._await_other(claimed[0])
             return False
-        absent = self._absent(first, n)
-        self._claims.drop(self._names[first + absent : first + n])
-        if absent == 0:
-            if not self._pieces:
-                self._look()
-            return False
-        n = absent
-        reservation, kept = None, 0
+        absent, kept, reservation = 0, 0, None
         try:
-            reservation = self._reserve(n)
-            kept = len(reservation)
+            absent = self._absent(first, n)
+            if wanted := self._book(absent):
+                reservation = self._reserve(wanted)
+                kept = len(reservation)
         finally:
             self._claims.drop(self._names[first + kept : first + n])
-        if not kept:
-            if not self._pieces and not self._over():
+        if reservation is None or not kept:
+            if self._pieces or self._over():
+                return False
+            if not absent:
+                self._look()
+            elif self._rooted:
                 self._stop = FetchEnd.NO_ROOM
             return False
         tier = self._places.tiers[self._tier_of(first)]
@@ -308,10 +358,14 @@ class _Run:
         self._next = first + kept
         return order.deadline > time.monotonic()
 
-    def _ahead(self) -> int:
-        """How many more blocks may be read ahead of the blocks that they follow; the first always."""
-        most = int(_SHARE_AHEAD * self._stage.data_bytes) // self._stage.slot_share(self._order.space)
-        return max(1, most) - (self._next - self._at)
+    def _book(self, n: int) -> int:
+        """How many of n blocks may be read now. What is not used of that stays booked until they may be published."""
+        if self._rooted:
+            return n
+        unused = self._booked // self._share - (self._next - self._at)
+        if unused < n:
+            self._booked += self._ahead.take(n - unused, self._share) * self._share
+        return min(n, self._booked // self._share - (self._next - self._at))
 
     def _absent(self, first: int, n: int) -> int:
         """How many blocks from this one on still have to be brought. Once they are claimed nobody else brings them; who
@@ -320,8 +374,8 @@ class _Run:
         return int(there.argmax()) if there.any() else n
 
     def _reserve(self, n: int) -> Reservation:
-        # With pieces on their way it must not wait: their commits give slots back.
-        wait_s = 0.0 if self._pieces else max(0.0, self._order.deadline - time.monotonic())
+        # With pieces on their way it must not wait: their commits give slots back. Nor before it may commit any.
+        wait_s = 0.0 if self._pieces or not self._rooted else max(0.0, self._order.deadline - time.monotonic())
         return self._stage.reserve(self._order.space, n, wait_s, self._gone)
 
     def _read(self, tier: TierPlace, first: int, reservation: Reservation, claimed: list[bytes]) -> None:
@@ -383,11 +437,12 @@ class _Run:
             if self._better_elsewhere(piece):
                 self._look_elsewhere(piece, Got.FAILED)
                 return
-        if not self._await_root():
-            return
         got = piece.got
         if got is None:
             got = np.full(len(piece), Got.FAILED, np.uint8)
+        if not self._rooted and got[0] == Got.GOOD:
+            self._await_root()
+            return
         self._pieces.popleft()
         lacking = (got == Got.ABSENT) | (got == Got.DAMAGED)
         if lacking.any():
@@ -405,17 +460,14 @@ class _Run:
         elif arrived:
             self._avoid, self._trouble = frozenset(), (FetchEnd.ABSENT, "")
 
-    def _await_root(self) -> bool:
-        """Wait for the blocks that the oldest piece is to follow, and read on meanwhile as far as there is room. False
-        where they do not come in time."""
-        parent = slice(self._order.start - 1, self._order.start)
-        while not self._rooted and not self._over():
+    def _await_root(self) -> None:
+        """Wait a little for the blocks before `_front`."""
+        parent, until = slice(self._front - 1, self._front), time.monotonic() + _WAIT_S
+        while not self._rooted and not self._over() and time.monotonic() < until:
             if self._here(self._order.space, self._order.keys[parent]):
                 self._take_root()
             else:
-                self._fill()
                 time.sleep(_ROOT_S)
-        return self._rooted
 
     def _better_elsewhere(self, piece: _Piece) -> bool:
         """Whether the piece's tier hangs while another has the block. One that is only slow looks the same for a while,
@@ -493,7 +545,7 @@ class _Run:
         return max(0.0, self._order.deadline - time.monotonic())
 
     def _say(self) -> None:
-        if self._at != self._told:
+        if self._rooted and self._at != self._told:
             self._told = self._at
             self._tell(self._at)
 

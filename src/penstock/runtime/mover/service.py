@@ -247,6 +247,8 @@ class Service:
         if not 0 <= message.start < len(keys):
             raise PenstockError("a fetch starts at one of its blocks")
         prefetch = message.urgency == Urgency.PREFETCH
+        if prefetch and message.start:
+            raise PenstockError("a prefetch outlives who asked for it, and would wait for blocks that nobody stores")
         order = FetchOrder(
             space,
             keys,
