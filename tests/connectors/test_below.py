@@ -110,7 +110,7 @@ def bringer(per_token_s: float | None = None) -> Bringer:
 
 def planned(made: Bringer, belows: list[Below], wish: Wish) -> tuple[int, int] | None:
     plan = made._plan(belows, BLOCK_TOKENS, wish, time.monotonic() + 10.0)
-    return None if plan is None else (plan.here, plan.end)
+    return None if plan is None else (plan.first, plan.end)
 
 
 def run(n: int, seconds: float, tier: str = "disk") -> Run:

@@ -133,7 +133,7 @@ def test_one_log_line_a_request(connect: Connect, llama: PreTrainedModel, caplog
     with caplog.at_level(logging.INFO, "penstock.connector"):
         greedy(connector, prompt, intent=Intent(session="s"))
     (line,) = [record.getMessage() for record in caplog.records if record.name == "penstock.connector"]
-    assert "prompt_tokens=100 hit_tokens=96 miss=none fetched_blocks=0 new_tokens=8" in line
+    assert "prompt_tokens=100 hit_tokens=96 miss=none fetched_blocks=0 front_tokens=0 new_tokens=8" in line
 
 
 def test_counters_say_what_happened(connect: Connect, llama: PreTrainedModel) -> None:

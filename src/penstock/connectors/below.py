@@ -188,7 +188,7 @@ class Bringer:
     # ---- what is worth it
 
     def _plan(
-        self, belows: list[Below], block_tokens: int, wish: Wish, deadline: float, most_ahead: int
+        self, belows: list[Below], block_tokens: int, wish: Wish, deadline: float, most_ahead: int = 0
     ) -> _Plan | None:
         """What to fetch; None for nothing, counted. `most_ahead`: so many blocks may come while those before them are
         being computed."""
