@@ -13,7 +13,7 @@ import pytest
 
 import penstock
 from penstock import Intent, KeyChain, SpaceHandle
-from penstock.runtime.mover.fetches import WAITING_AT_ONCE
+from penstock.runtime.mover.claims import WAITING_AT_ONCE
 from penstock.types import FetchEnd, Urgency
 from tests.support import (
     PATIENCE_S,

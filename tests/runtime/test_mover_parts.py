@@ -23,7 +23,8 @@ from penstock.pool.stage import Stage
 from penstock.pool.tier_wire import Arrived
 from penstock.pool.wire import encode
 from penstock.runtime.mover import workers as workers_module
-from penstock.runtime.mover.fetches import Claims, Fetcher, FetchOrder
+from penstock.runtime.mover.claims import Claims
+from penstock.runtime.mover.fetches import Fetcher, FetchOrder
 from penstock.runtime.mover.places import Places, TierPlace
 from penstock.runtime.mover.watch import _without_overwritten
 from penstock.runtime.mover.workers import Workers

@@ -24,8 +24,9 @@ from penstock.errors import ConfigError, NoKeeper
 from penstock.pool.client import Pool
 from penstock.pool.stage import Stage
 from penstock.pool.tier_wire import tier_socket
+from penstock.runtime.mover.claims import Claims
 from penstock.runtime.mover.feed import FeedReader
-from penstock.runtime.mover.fetches import Claims, Fetcher
+from penstock.runtime.mover.fetches import Fetcher
 from penstock.runtime.mover.late import LateTier
 from penstock.runtime.mover.places import Places, TierPlace
 from penstock.runtime.mover.plan import BAD_PLAN, MoverPlan, tenant_number
